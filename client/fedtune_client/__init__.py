@@ -1,0 +1,1 @@
+"""A site: its records, its training, its replies."""

@@ -1,0 +1,81 @@
+"""The site's Flower app: Record → Example → Batch → ClippedSum → NoisyGradient → adapter → Update.
+
+It runs the plan it was given and nothing else. Whatever goes wrong leaves the site as a code, never as text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.aggregation.algorithms import get_algorithm
+from fedtune.flower.messages import (
+    Description,
+    Evaluation,
+    Instruction,
+    Refusal,
+    Update,
+    decode_instruction,
+    encode_reply,
+    refusal_of,
+)
+from fedtune.training.evaluate import evaluate
+from fedtune.training.local import Assignment, event_of_round, train_round
+from fedtune_client.site import Site, open_site
+
+app = ClientApp()
+logger = logging.getLogger("fedtune.site")
+
+Answer = Description | Update | Evaluation | Refusal
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Answer who this site is and what it has spent."""
+    return _answer(message, context, _describe)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer with an update after one round of local steps."""
+    return _answer(message, context, _train)
+
+
+@app.evaluate()
+def evaluate_adapter(message: Message, context: Context) -> Message:
+    """Answer with the tally of an adapter on the site's held-out records."""
+    return _answer(message, context, _evaluate)
+
+
+def _answer(message: Message, context: Context, act: Callable[[Site, Instruction], Answer]) -> Message:
+    try:
+        site = open_site(context)
+        reply = act(site, decode_instruction(message.content, site.plan.sha256))
+    except Exception as error:  # noqa: BLE001 - no exception text may leave the site; it is logged here
+        logger.debug("the site refuses a message", exc_info=True)
+        reply = refusal_of(error)
+    return Message(encode_reply(reply), reply_to=message)
+
+
+def _describe(site: Site, _instruction: Instruction) -> Answer:
+    return Description(site.plan.sha256, site.data.name, site.units, site.data.data_sha256, site.spending.spent())
+
+
+def _train(site: Site, instruction: Instruction) -> Answer:
+    plan, number = site.plan, instruction.round
+    site.spending.reserve(number, event_of_round(plan))
+    assignment = Assignment(site.data.name, number, instruction.adapter, site.memory.before(number))
+    algorithm = get_algorithm(plan.aggregation.algorithm)
+    layouts = algorithm.trained(site.workspace.layout), algorithm.upload(site.workspace.layout)
+    result = train_round(plan, site.workspace, site.data.train, assignment, layouts)
+    site.memory.keep(number, result.optimizer_state)
+    return Update(plan.sha256, site.data.name, number, result.state, site.spending.spent())
+
+
+def _evaluate(site: Site, instruction: Instruction) -> Answer:
+    size = site.plan.evaluation.batch_size
+    tally = evaluate(site.workspace, instruction.adapter, site.data.held_out, size)
+    return Evaluation(site.plan.sha256, site.data.name, instruction.round, tally.to_arrays())

@@ -1,0 +1,1 @@
+"""LoRA algebra, aggregation algorithms, server optimisers and what can be combined."""

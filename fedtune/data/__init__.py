@@ -1,0 +1,1 @@
+"""Records and how they become examples: formats, templates, partitions, sampling."""

@@ -1,0 +1,1 @@
+"""Metrics of an adapter on held-out records."""

@@ -1,0 +1,1 @@
+"""Base models, pinned and offline; adapters in canonical order; classification heads."""

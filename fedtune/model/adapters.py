@@ -1,0 +1,126 @@
+"""LoRA on a base model through PEFT: which layers, under which canonical names, and from which start.
+
+Canonical names are those of a saved PEFT adapter (`….lora_A.weight`), so that what is aggregated, saved and loaded
+elsewhere has one name. Uses PEFT's public functions and its table of default targets.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fedtune.config.schema import LoraSettings
+from fedtune.errors import ModelError
+from fedtune.model.layout import AdapterLayout, AdapterState, Array, Role, TensorSpec
+from fedtune.privacy.random import SeededSource
+
+_ADAPTER = "default"
+_TASK_TYPES = {"none": "CAUSAL_LM", "architecture": "SEQ_CLS", "pooled": "FEATURE_EXTRACTION"}
+
+
+def adapt(model: nn.Module, lora: LoraSettings, head: str, fresh: Sequence[str]) -> nn.Module:
+    """Wrap a model with LoRA; `fresh` are modules the checkpoint did not hold, which are trained and saved in full."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=_targets(model, lora),
+        task_type=_TASK_TYPES[head],
+        modules_to_save=list(fresh) or None,
+        bias="none",
+        fan_in_fan_out=_uses_conv1d(model),
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise _no_target(model, lora) from error
+    _check_every_target(adapted, lora)
+    return adapted
+
+
+def canonical_name(parameter: str) -> str:
+    """Return the name under which PEFT saves a parameter."""
+    name = parameter.removeprefix("backbone.")
+    return name.replace(f".modules_to_save.{_ADAPTER}.", ".").replace(f".{_ADAPTER}.weight", ".weight")
+
+
+def layout_of(parameters: Iterable[tuple[str, tuple[int, ...]]]) -> AdapterLayout:
+    """Return the layout of named trainable parameters."""
+    return AdapterLayout(tuple(sorted((_spec(name, shape) for name, shape in parameters), key=lambda spec: spec.name)))
+
+
+def initial_factors(layout: AdapterLayout, seed: int) -> AdapterState:
+    """Return the LoRA start of a study: A uniform in ±1/√d_in from the plan's seed, B zero.
+
+    Drawn with NumPy from the seed and the tensor's name, so that a frozen A that is never sent is the same on every
+    machine and under every version of torch (PEFT's own start has the same distribution).
+    """
+    return {spec.name: _initial(spec, seed) for spec in layout.tensors if spec.role != "head"}
+
+
+def _initial(spec: TensorSpec, seed: int) -> Array:
+    if spec.role == "lora_B":
+        return np.zeros(spec.shape, dtype=np.float32)
+    uniform = SeededSource("lora_A", seed, spec.name).uniform(spec.size).reshape(spec.shape)
+    return ((2.0 * uniform - 1.0) / np.sqrt(spec.shape[1])).astype(np.float32)
+
+
+def _spec(name: str, shape: tuple[int, ...]) -> TensorSpec:
+    for role in ("lora_A", "lora_B"):
+        if name.endswith(f".{role}.weight"):
+            kept: Role = "lora_A" if role == "lora_A" else "lora_B"
+            return TensorSpec(name, shape, kept, name.removesuffix(f".{role}.weight"))
+    return TensorSpec(name, shape, "head")
+
+
+def _targets(model: nn.Module, lora: LoraSettings) -> str | list[str]:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    if lora.targets == "all-linear":
+        return "all-linear"
+    if lora.targets == "auto":
+        known = DEFAULTS.get(getattr(model.config, "model_type", ""))
+        return list(known) if known else "all-linear"
+    return list(lora.targets)
+
+
+def _uses_conv1d(model: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _check_every_target(adapted: nn.Module, lora: LoraSettings) -> None:
+    if isinstance(lora.targets, str):
+        return
+    layers = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    for target in lora.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            raise _no_target(adapted, lora)
+
+
+def _no_target(model: nn.Module, lora: LoraSettings) -> ModelError:
+    names = sorted({_last(name) for name, module in model.named_modules() if _adaptable(module) and "lora_" not in name})
+    wanted = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
+    return ModelError(
+        "no-target",
+        f"lora.targets={wanted} is not wholly in the model; its linear layers are {', '.join(names)}",
+        hint="lora.targets=auto or lora.targets=[NAME,…]",
+    )
+
+
+def _adaptable(module: Any) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _last(name: str) -> str:
+    return re.sub(r"\.base_layer$", "", name).rsplit(".", 1)[-1]

@@ -1,0 +1,1 @@
+"""One module per concern: per-sample gradients, clipping, noise, the privacy plan, accounting, calibration."""

@@ -1,0 +1,196 @@
+"""The privacy plan: sampler, clip norm, noise and accounting event in one value, so that they cannot drift apart.
+
+Knows nothing of models, optimisers or messages. A site that receives a plan calls `check` before it trains: the promise
+must follow from the noise, whoever wrote the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedtune.errors import PrivacyError
+from fedtune.privacy.accounting import AccountantName, Event, Relation, epsilon
+from fedtune.privacy.calibration import calibrate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fedtune.privacy.random import NoiseName
+
+NOT_PRIVATE = "NOT PRIVATE: privacy.mode=off, no noise is added and nothing bounds what one record reveals."
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyPlan:
+    """What every site promises about each of its privacy units, and the mechanism that keeps the promise.
+
+    `epsilon` (the target; ∞ when `mode` is off) and `delta` hold for `max_steps` steps at `sampling_rate`, each clipped
+    to `clip_norm` and noised with standard deviation `noise_multiplier`·`clip_norm` on the sum.
+    """
+
+    mode: Literal["dp", "off"]
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    clip_norm: float
+    sampling_rate: float
+    max_steps: int
+    unit: str = "record"
+    relation: Relation = "add/remove one"
+    sampler: Literal["poisson"] = "poisson"
+    accountant: AccountantName = "pld"
+    noise: NoiseName = "seeded"
+
+    @classmethod
+    def calibrated(  # noqa: PLR0913 - these are the terms of the promise, by keyword
+        cls,
+        *,
+        epsilon: float,
+        delta: float,
+        clip_norm: float,
+        sampling_rate: float,
+        max_steps: int,
+        noise: NoiseName = "seeded",
+        unit: str = "record",
+    ) -> PrivacyPlan:
+        """Return the plan with the least noise that keeps (ε, δ) over all steps."""
+        sigma = calibrate(epsilon, delta, sampling_rate, max_steps)
+        return cls("dp", epsilon, delta, sigma, clip_norm, sampling_rate, max_steps, unit=unit, noise=noise)
+
+    @classmethod
+    def from_noise(  # noqa: PLR0913 - these are the terms of the promise, by keyword
+        cls,
+        *,
+        noise_multiplier: float,
+        delta: float,
+        clip_norm: float,
+        sampling_rate: float,
+        max_steps: int,
+        noise: NoiseName = "seeded",
+        unit: str = "record",
+    ) -> PrivacyPlan:
+        """Return the plan for a given noise multiplier; its ε is what the accountant makes of all steps."""
+        event = Event(noise_multiplier, sampling_rate, max_steps, clip_norm, unit=unit, noise=noise)
+        return cls(
+            "dp",
+            epsilon([event], delta),
+            delta,
+            noise_multiplier,
+            clip_norm,
+            sampling_rate,
+            max_steps,
+            unit=unit,
+            noise=noise,
+        )
+
+    @classmethod
+    def off(cls, *, sampling_rate: float, max_steps: int, clip_norm: float = 1.0) -> PrivacyPlan:
+        """Return the plan of a study without privacy: sampled alike, neither clipped nor noised, ε = ∞."""
+        return cls("off", math.inf, 0.0, 0.0, clip_norm, sampling_rate, max_steps)
+
+    def event(self, steps: int) -> Event:
+        """Return the accounting event of `steps` steps of this plan."""
+        return Event(
+            self.noise_multiplier,
+            self.sampling_rate,
+            steps,
+            self.clip_norm,
+            unit=self.unit,
+            relation=self.relation,
+            sampler=self.sampler,
+            noise=self.noise,
+        )
+
+    def spent(self, steps: int) -> float:
+        """Return ε after `steps` steps: 0 before the first; ∞ after any step without privacy."""
+        if self.mode == "off":
+            return math.inf if steps else 0.0
+        return epsilon([self.event(steps)], self.delta, self.accountant)
+
+    def forecast(self) -> float:
+        """Return ε after `max_steps` steps, at most the target."""
+        return self.spent(self.max_steps)
+
+    def expected_batch(self, units: int) -> float:
+        """Return q·N for a site of `units` units, with the public N: what noisy sums are divided by."""
+        return self.sampling_rate * public_count(units)
+
+    def check(self) -> None:
+        """Refuse a plan whose noise does not keep its ε, whoever wrote it."""
+        self.event(self.max_steps)
+        if self.mode == "off":
+            return
+        forecast = self.forecast()
+        if not forecast <= self.epsilon * (1 + 1e-9):
+            raise PrivacyError(
+                "overspends",
+                f"the plan promises ε = {self.epsilon:g}, but its noise multiplier {self.noise_multiplier:g} at rate "
+                f"{self.sampling_rate:g} over {self.max_steps} steps spends {forecast:.4g} (δ = {self.delta:g}).",
+                hint="Leave privacy.noise_multiplier out, so that the noise is calibrated to ε.",
+            )
+
+    @property
+    def statement(self) -> str:
+        """One sentence for every output: what is promised, about whom, by which means, and what is not."""
+        if self.mode == "off":
+            return NOT_PRIVATE
+        source = (
+            "a cryptographic generator"
+            if self.noise == "secure"
+            else "a seeded generator (whoever knows the seed can remove it: not for release)"
+        )
+        return (
+            f"(ε = {self.epsilon:.4g}, δ = {self.delta:.3g})-differential privacy for one {self.unit} added to or "
+            f"removed from a site, over at most {self.max_steps} {self.sampler.capitalize()}-sampled steps at rate "
+            f"{self.sampling_rate:g}, by the {self.accountant.upper()} accountant; noise from {source}; not protected: "
+            f"facts repeated in several {self.unit}s, a site's rounded number of {self.unit}s, and held-out metrics "
+            "that leave a site."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; ∞, which JSON does not have, becomes null."""
+        return {**asdict(self), "epsilon": self.epsilon if math.isfinite(self.epsilon) else None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PrivacyPlan:
+        """Return the plan; an unknown or missing key is an error."""
+        if set(values) != {field.name for field in fields(cls)}:
+            raise PrivacyError("plan", f"a privacy plan has the keys {sorted(values)}, which are not a plan's.")
+        return cls(**{**values, "epsilon": math.inf if values["epsilon"] is None else values["epsilon"]})
+
+
+def default_delta(units: int) -> float:
+    """Return δ = N^(-1.1), below 1/N for every N ≥ 2."""
+    if units < 2:  # noqa: PLR2004 - 1^(-1.1) is 1, no promise
+        raise PrivacyError(
+            "too-few-units",
+            f"δ = 1/N^1.1 promises nothing for N = {units}.",
+            hint="Use a site with more records, or set privacy.delta.",
+        )
+    return float(units**-1.1)
+
+
+def delta_warning(delta: float, units: int) -> str | None:
+    """Return why δ is too large for N units, or None.
+
+    A mechanism that publishes each record with probability δ is (0, δ)-private: at δ ≥ 1/N it publishes one on average.
+    """
+    if delta * units < 1:
+        return None
+    return (
+        f"δ = {delta:g} is at least 1/N for N = {units}: a mechanism that publishes {max(1, round(delta * units))} of "
+        f"the records outright on average would satisfy it. Choose δ below {1 / units:.2g}."
+    )
+
+
+def public_count(units: int) -> int:
+    """Return N rounded to two significant digits: the only form in which a site's size is used or leaves it.
+
+    N changes by one between neighbouring data sets, so it is itself private. The rounded number almost never changes
+    with one record; where even that is too much, or N is below 100 and rounding hides nothing, let the study's contract
+    fix the number. As the normaliser q·N it only scales the step.
+    """
+    digits = len(str(abs(units)))
+    return round(units, min(0, 2 - digits))

@@ -1,0 +1,83 @@
+"""The release: a PEFT folder that other tools load, the pooled head beside it, and what is needed to use both.
+
+`adapter_config.json` and `adapter_model.safetensors` are plain PEFT. `head.safetensors` is the pooled head, which PEFT
+does not know; `fedtune.json` says which task, base and head belong to them; `README.md` is the card.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from fedtune.config.plan import StudyPlan
+from fedtune.errors import ModelError, RunError
+from fedtune.model.layout import AdapterState
+from fedtune.model.workspace import Workspace
+from fedtune.release.card import render_card
+from fedtune.run.files import disk_errors, write_whole
+
+HEAD_FILE = "head.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ABOUT_FILE = "fedtune.json"
+
+
+def save_adapter(
+    folder: Path, workspace: Workspace, adapter: AdapterState, plan: StudyPlan, summary: dict[str, Any]
+) -> None:
+    """Write the release of an adapter, and read it back: what is saved must be what was trained.
+
+    Errors: `model.dead-adapter` when training changed nothing, `model.not-saved` when the folder holds other numbers.
+    """
+    full = {**workspace.initial, **adapter}
+    _refuse_dead(workspace, full)
+    workspace.load(full)
+    with disk_errors(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder.mkdir(parents=True, exist_ok=True)
+        workspace.peft.peft_config["default"].base_model_name_or_path = plan.model.name
+        workspace.peft.save_pretrained(str(folder))
+    if head := {name: full[name] for name in workspace.layout.names if name.startswith("head.")}:
+        write_whole(folder / HEAD_FILE, save(head))
+    write_whole(folder / ABOUT_FILE, (json.dumps(_about(plan), indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(folder / "README.md", render_card(plan, summary).encode())
+    _check_saved(folder, full)
+
+
+def load_adapter(folder: Path) -> AdapterState:
+    """Read a released adapter's tensors by canonical name."""
+    try:
+        state = load_file(folder / WEIGHTS_FILE)
+        head = folder / HEAD_FILE
+        return {**state, **(load_file(head) if head.exists() else {})}
+    except (OSError, SafetensorError) as error:
+        hint = "finish the study first: fedtune simulate --resume RUN"
+        raise RunError("no-adapter", f"{folder} holds no released adapter", hint=hint) from error
+
+
+def _about(plan: StudyPlan) -> dict[str, Any]:
+    return {
+        "plan_sha256": plan.sha256,
+        "task": plan.data.task,
+        "max_tokens": plan.data.max_tokens,
+        "base": plan.model.model_dump(mode="json"),
+        "lora": plan.lora.model_dump(mode="json"),
+    }
+
+
+def _refuse_dead(workspace: Workspace, adapter: AdapterState) -> None:
+    """A LoRA layer is alive when its B has moved from zero."""
+    factors = [spec.name for spec in workspace.layout.tensors if spec.role == "lora_B"]
+    if factors and not any(np.any(adapter[name]) for name in factors):
+        raise ModelError("dead-adapter", "every LoRA B is still zero after training", hint="raise training.learning_rate")
+
+
+def _check_saved(folder: Path, adapter: AdapterState) -> None:
+    saved = load_adapter(folder)
+    if saved.keys() != adapter.keys() or any(not np.array_equal(saved[name], adapter[name]) for name in adapter):
+        raise ModelError("not-saved", f"{folder} does not hold the trained adapter", hint="use the pinned peft version")

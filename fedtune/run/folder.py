@@ -1,0 +1,106 @@
+"""Where a study's results are: the names inside a run folder, and how one is made, found and never overwritten."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedtune.config.machine import Machine
+from fedtune.config.plan import StudyPlan
+from fedtune.errors import RunError
+from fedtune.run.files import append_line, disk_errors, write_whole
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run folder's layout.
+
+    `plan.json` what was run, `machine.json` facts of this machine, `metrics.jsonl` one line a round, `checkpoints/`
+    the last rounds, `sites/` what simulated sites keep, `adapter/` the release, `summary.json` the result.
+    """
+
+    path: Path
+
+    @property
+    def plan_file(self) -> Path:
+        """The plan in canonical JSON: its SHA-256 is the file's."""
+        return self.path / "plan.json"
+
+    @property
+    def machine_file(self) -> Path:
+        """Facts of the machine that runs the study."""
+        return self.path / "machine.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON line a round."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        """The result, written last: its presence means that the study has ended."""
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One file a round, the last two kept."""
+        return self.path / "checkpoints"
+
+    @property
+    def sites(self) -> Path:
+        """What each simulated site keeps for itself."""
+        return self.path / "sites"
+
+    @property
+    def adapter(self) -> Path:
+        """The released PEFT folder."""
+        return self.path / "adapter"
+
+    def plan(self) -> StudyPlan:
+        """Read the plan of this run."""
+        return StudyPlan.from_json(self._read(self.plan_file))
+
+    def machine(self) -> Machine:
+        """Read the machine facts of this run."""
+        return Machine.load(self.machine_file)
+
+    def summary(self) -> dict[str, Any] | None:
+        """Read the result, or None while the study has not ended."""
+        return json.loads(self.summary_file.read_text(encoding="utf-8")) if self.summary_file.exists() else None
+
+    def log_metrics(self, line: dict[str, Any]) -> None:
+        """Append one round to `metrics.jsonl`."""
+        append_line(self.metrics_file, json.dumps(line, sort_keys=True), durable=False)
+
+    def _read(self, path: Path) -> str:
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RunError("no-run", f"{self.path} is not a run folder ({path.name} cannot be read)", hint="ls runs") from error
+
+
+def create(plan: StudyPlan, machine: Machine) -> RunFolder:
+    """Make a run folder and write what is run; an existing folder with anything in it is refused."""
+    folder = RunFolder(machine.run)
+    with disk_errors(folder.path):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if any(folder.path.iterdir()):
+            hint = f"choose another run.dir, or continue it: fedtune simulate --resume {folder.path}"
+            raise RunError("exists", f"{folder.path} already holds a run", hint=hint)
+        folder.checkpoints.mkdir()
+        folder.sites.mkdir()
+        machine.save(folder.machine_file)
+    write_whole(folder.plan_file, plan.json_text.encode())
+    return folder
+
+
+def default_path(root: str, study: str) -> Path:
+    """Return `<root>/<study>/<time>`, with a number behind it where that exists."""
+    base = Path(root) / study / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path

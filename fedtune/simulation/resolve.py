@@ -1,0 +1,247 @@
+"""From settings to a study plan and the facts of this machine: everything that can be refused is refused here.
+
+Reads the records (to find the task, the labels and the sites' sizes) and the base model (to find the adapter's
+tensors), and calibrates the noise. Nothing is trained and nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.aggregation import compatibility
+from fedtune.aggregation.algorithms import get_algorithm
+from fedtune.aggregation.weights import site_weights
+from fedtune.config.machine import Machine
+from fedtune.config.plan import AdapterPlan, DataPlan, ModelPlan, StudyPlan
+from fedtune.config.schema import PrivacySettings, Settings
+from fedtune.data.loading import labelled, load
+from fedtune.data.partitions import split_holdout
+from fedtune.data.table import Table
+from fedtune.data.tasks import Task, find_task
+from fedtune.errors import ConfigError, PrivacyError
+from fedtune.flower.engine import check_backend
+from fedtune.model.base import BaseModel, find_base
+from fedtune.model.build import Recipe, build, check_length
+from fedtune.privacy.plan import PrivacyPlan, default_delta, delta_warning, public_count
+from fedtune.run.folder import default_path
+from fedtune.simulation.sites import bank_messages, deal_rows
+from fedtune.simulation.workspace import layout_hash
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSize:
+    """One site's name, its public (rounded) number of training records, and how many records it holds out."""
+
+    name: str
+    units: int
+    held_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A study that can be run: its plan, this machine's facts, the sites and what a person should know before."""
+
+    plan: StudyPlan
+    machine: Machine
+    base: BaseModel
+    sites: tuple[SiteSize, ...]
+    warnings: tuple[str, ...]
+
+
+def resolve(settings: Settings) -> Resolved:
+    """Return the study that settings describe, or refuse it with the reason."""
+    _refuse_early(settings)
+    base = find_base(settings.model)
+    check_length(base, settings.data.max_tokens)
+    table, task = read_records(settings)
+    sites = _sizes(settings, table, task)
+    site_weights(settings.aggregation, [site.name for site in sites])
+    privacy = _privacy(settings, sites)
+    machine = _machine(settings, base)
+    plan = _plan(settings, task, base, privacy, machine)
+    return Resolved(plan, machine, base, sites, _warnings(settings, privacy, sites))
+
+
+def read_records(settings: Settings) -> tuple[Table, Task]:
+    """Return the study's records and task: the user's file, or the synthetic bank messages."""
+    data = settings.data
+    if data.source == "bank-messages":
+        table = bank_messages(settings.federation.sites, data.limit)
+        return table, labelled(table, find_task(data, list(table.columns)), data)
+    if data.path is None:
+        raise ConfigError("no-data", "the study has no records: data.path is not set", hint="data.path=FILE")
+    also = [data.partition.column] if data.partition.column else []
+    return load(data.path, data, also=also, allow_download=settings.model.allow_download)
+
+
+def _refuse_early(settings: Settings) -> None:
+    check_backend(settings.run.backend)
+    compatibility.check(settings.aggregation, settings.training)
+    privacy, federation = settings.privacy, settings.federation
+    if privacy.mode == "dp" and privacy.noise_multiplier is None and not privacy.epsilon > 0:
+        raise PrivacyError(
+            "epsilon",
+            f"privacy.epsilon={privacy.epsilon:g} promises nothing that can be kept; it must be above 0",
+            hint="privacy.epsilon=8, or privacy=off for a study without privacy",
+        )
+    if federation.sites_per_round is not None and federation.sites_per_round > federation.sites:
+        raise ConfigError(
+            "sites-per-round",
+            f"federation.sites_per_round={federation.sites_per_round} is above federation.sites={federation.sites}",
+            hint="federation.sites_per_round=null asks every site",
+        )
+
+
+def _sizes(settings: Settings, table: Table, task: Task) -> tuple[SiteSize, ...]:
+    parts = deal_rows(settings.data.partition, task, table, settings.federation.sites, settings.seed)
+    sizes = []
+    for part in parts:
+        train, held_out = split_holdout(part.rows, settings.data.holdout, settings.seed, part.name)
+        sizes.append(SiteSize(part.name, public_count(len(train)), len(held_out)))
+    return tuple(sizes)
+
+
+def _privacy(settings: Settings, sites: tuple[SiteSize, ...]) -> PrivacyPlan:
+    wanted, training = settings.privacy, settings.training
+    steps, rate = settings.federation.rounds * training.local_steps, training.sampling_rate
+    if wanted.mode == "off":
+        return PrivacyPlan.off(sampling_rate=rate, max_steps=steps, clip_norm=wanted.clip_norm)
+    delta = _delta(wanted, sites)
+    if wanted.noise_multiplier is not None:
+        return PrivacyPlan.from_noise(
+            noise_multiplier=wanted.noise_multiplier,
+            delta=delta,
+            clip_norm=wanted.clip_norm,
+            sampling_rate=rate,
+            max_steps=steps,
+            noise=wanted.noise,
+        )
+    return PrivacyPlan.calibrated(
+        epsilon=wanted.epsilon,
+        delta=delta,
+        clip_norm=wanted.clip_norm,
+        sampling_rate=rate,
+        max_steps=steps,
+        noise=wanted.noise,
+    )
+
+
+def _delta(wanted: PrivacySettings, sites: tuple[SiteSize, ...]) -> float:
+    return default_delta(max(site.units for site in sites)) if wanted.delta is None else wanted.delta
+
+
+def _machine(settings: Settings, base: BaseModel) -> Machine:
+    data, run = settings.data, settings.run
+    return Machine(
+        run_dir=str(Path(run.dir) if run.dir else default_path(run.root, settings.study.name)),
+        model_folder=str(base.folder),
+        data_path=_absolute(data.path) if data.source == "file" else None,
+        test_path=_absolute(data.test),
+        data_format=data.format,
+        allow_download=settings.model.allow_download,
+        device=_device(run.device),
+        threads=run.threads or os.cpu_count() or 1,
+        backend=run.backend,
+        workers=run.workers,
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    """Return an absolute path for a local file; a Hub id stays as it is."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no-cuda", "run.device=cuda, but torch finds no GPU", hint="run.device=cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _plan(settings: Settings, task: Task, base: BaseModel, privacy: PrivacyPlan, machine: Machine) -> StudyPlan:
+    model = ModelPlan(
+        name=base.name,
+        sha256=base.sha256,
+        architecture=base.architecture,
+        head=_head(settings, task),
+        head_init=settings.model.head_init,
+        head_scale=settings.model.head_scale,
+        dtype=settings.model.dtype,
+    )
+    return StudyPlan(
+        name=settings.study.name,
+        seed=settings.seed,
+        data=_data_plan(settings, task),
+        model=model,
+        lora=settings.lora,
+        adapter=_adapter_plan(settings, task, base, model, machine),
+        privacy=privacy.to_dict(),
+        training=settings.training,
+        aggregation=settings.aggregation,
+        federation=settings.federation,
+        evaluation=settings.evaluation,
+    )
+
+
+def _data_plan(settings: Settings, task: Task) -> DataPlan:
+    data = settings.data
+    return DataPlan(
+        name=data.name or _slug(data.path if data.source == "file" and data.path else data.source),
+        source=data.source,
+        task=task.to_dict(),
+        max_tokens=data.max_tokens,
+        holdout=data.holdout,
+        limit=data.limit,
+        partition=data.partition,
+    )
+
+
+def _adapter_plan(settings: Settings, task: Task, base: BaseModel, model: ModelPlan, machine: Machine) -> AdapterPlan:
+    recipe = Recipe(
+        task,
+        settings.lora,
+        model.head,
+        model.head_init,
+        model.head_scale,
+        model.dtype,
+        settings.seed,
+        settings.data.max_tokens,
+    )
+    layout = build(base, recipe, machine.device).layout
+    algorithm = get_algorithm(settings.aggregation.algorithm)
+    return AdapterPlan(
+        numbers=layout.size,
+        trained=algorithm.trained(layout).size,
+        upload=algorithm.upload(layout).size,
+        download=algorithm.download(layout).size,
+        layout_sha256=layout_hash(layout),
+    )
+
+
+def _head(settings: Settings, task: Task) -> str:
+    if task.kind == "causal-lm":
+        return "none"
+    return "pooled" if settings.model.head == "auto" else settings.model.head
+
+
+def _slug(path: str) -> str:
+    stem = Path(path).name.split(".", 1)[0]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64] or "data"
+
+
+def _warnings(settings: Settings, privacy: PrivacyPlan, sites: tuple[SiteSize, ...]) -> tuple[str, ...]:
+    found = []
+    if privacy.mode == "off":
+        found.append(privacy.statement)
+    else:
+        smallest = min(site.units for site in sites)
+        found.extend(note for note in [delta_warning(privacy.delta, smallest)] if note)
+        if privacy.noise == "seeded":
+            found.append("Seeded noise: whoever knows the plan can remove it. For studies only, not for release.")
+    if settings.evaluation.site_metrics == "off" and settings.data.test is None:
+        found.append("No metric will be measured: evaluation.site_metrics=off and data.test is not set.")
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""What a site does in one round: Poisson batches, clipped noisy gradients, an update."""

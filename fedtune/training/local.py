@@ -1,0 +1,154 @@
+"""One round at a site: Example → Batch → ClippedSum → NoisyGradient → adapter.
+
+The round reads as that line. The sampler that draws the batches is the one whose rate the event states, an empty batch
+is a step like any other, and the gradient is divided by the expected batch size of the site's public record count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedtune.config.plan import StudyPlan
+from fedtune.data.batches import Batch, collate
+from fedtune.data.sampling import PoissonSampler, physical_batches
+from fedtune.data.templates import Example
+from fedtune.model.layout import AdapterLayout, AdapterState
+from fedtune.model.workspace import Workspace
+from fedtune.privacy.accounting import Event
+from fedtune.privacy.clipping import ClippedSum, clip_and_sum
+from fedtune.privacy.engines import OpacusEngine, PerSampleEngine, summed_gradient
+from fedtune.privacy.noise import NoisyGradient, add_noise, mean_without_noise
+from fedtune.privacy.random import RandomSource, SecureSource, SeededSource
+from fedtune.training import optimizers
+from fedtune.training.objective import losses
+
+OptimizerState = Mapping[str, NDArray[np.float32]]
+Step = Callable[[list[Batch], RandomSource], tuple[NoisyGradient, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a site does in one round: from which adapter, with which optimiser state, in which round (1-based)."""
+
+    site: str
+    round: int
+    adapter: AdapterState
+    optimizer_state: OptimizerState = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalResult:
+    """What a site has after its local steps: the trained tensors to send, its optimiser state, and what it spent."""
+
+    state: AdapterState
+    optimizer_state: OptimizerState
+    event: Event | None
+    records_seen: int
+    records_dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """The fixed parts of one round at one site."""
+
+    plan: StudyPlan
+    workspace: Workspace
+    examples: Sequence[Example]
+    lengths: NDArray[np.int64]
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+
+
+def event_of_round(plan: StudyPlan) -> Event | None:
+    """Return the event that one round of this plan costs: known before any record is read."""
+    return None if plan.promise.mode == "off" else plan.promise.event(plan.training.local_steps)
+
+
+def train_round(
+    plan: StudyPlan,
+    workspace: Workspace,
+    examples: Sequence[Example],
+    assignment: Assignment,
+    layouts: tuple[AdapterLayout, AdapterLayout],
+) -> LocalResult:
+    """Train one round; `layouts` are what is trained and what is sent.
+
+    Deterministic in (plan, site, round, adapter, optimiser state) with seeded noise, on one machine and thread count.
+    """
+    trained, sent = layouts
+    workspace.load({**workspace.initial, **assignment.adapter})
+    parameters = workspace.train_only(trained)
+    optimizer = optimizers.make_optimizer(plan.training, parameters, trained)
+    optimizers.load_state(optimizer, parameters, assignment.optimizer_state)
+    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    seen, dropped = _steps(_Round(plan, workspace, examples, lengths, parameters), assignment, optimizer)
+    kept = optimizers.dump_state(optimizer, parameters) if plan.training.optimizer_state == "keep" else {}
+    return LocalResult(workspace.export(sent), kept, event_of_round(plan), seen, dropped)
+
+
+def _steps(this: _Round, assignment: Assignment, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    plan, seen, dropped = this.plan, 0, 0
+    sampler = PoissonSampler(len(this.examples), plan.promise.sampling_rate)
+    source = _source(plan, assignment)
+    with _gradients(this) as clipped_or_plain:
+        for local in range(plan.training.local_steps):
+            batches = _batches(this, sampler.draw(source))
+            done = (assignment.round - 1) * plan.training.local_steps + local
+            with this.workspace.dropout(plan.seed + done):
+                gradient, lost = clipped_or_plain(batches, source)
+            factor = optimizers.schedule_factor(plan.training.schedule, done, plan.total_steps)
+            optimizers.step(optimizer, this.parameters, gradient.mean, factor)
+            seen, dropped = seen + sum(batch.records for batch in batches), dropped + lost
+    return seen, dropped
+
+
+def _source(plan: StudyPlan, assignment: Assignment) -> RandomSource:
+    if plan.promise.noise == "secure" and plan.promise.mode == "dp":
+        return SecureSource()
+    return SeededSource("training", plan.seed, plan.sha256, assignment.site, assignment.round)
+
+
+def _batches(this: _Round, indices: NDArray[np.int64]) -> list[Batch]:
+    """Cut a logical batch into physical ones; none for an empty batch, so that no forward pass sees zero records."""
+    groups = physical_batches(indices, this.lengths, this.plan.training.physical_batch)
+    kind, pad = this.workspace.task.kind, this.workspace.pad_id
+    return [collate([this.examples[i] for i in group], pad, kind).to(this.workspace.device) for group in groups]
+
+
+@contextmanager
+def _gradients(this: _Round) -> Iterator[Step]:
+    """Open the way from batches to a gradient: clipped and noisy, or plain for a study without privacy."""
+    if this.plan.promise.mode == "off":
+        yield lambda batches, _source: (_plain(this, batches), 0)
+        return
+    with OpacusEngine(this.workspace.model, this.parameters) as engine:
+        yield lambda batches, source: _private(this, engine, batches, source)
+
+
+def _private(
+    this: _Round, engine: PerSampleEngine, batches: list[Batch], source: RandomSource
+) -> tuple[NoisyGradient, int]:
+    """Clip each record, sum, add the plan's noise, divide by the expected batch size."""
+    promise = this.plan.promise
+    size = sum(parameter.numel() for _, parameter in this.parameters)
+    clipped = ClippedSum.zero(size, promise.clip_norm, this.workspace.device)
+    for batch in batches:
+        rows = engine.per_sample_gradients(losses(this.workspace, batch), batch.records)
+        clipped += clip_and_sum(rows, promise.clip_norm)
+    expected = promise.expected_batch(len(this.examples))
+    return add_noise(clipped, promise.noise_multiplier, source, expected), clipped.dropped
+
+
+def _plain(this: _Round, batches: list[Batch]) -> NoisyGradient:
+    """Sum plain gradients over the same Poisson batches, divided by the same expected batch size."""
+    size = sum(parameter.numel() for _, parameter in this.parameters)
+    total = torch.zeros(size, dtype=torch.float64, device=this.workspace.device)
+    for batch in batches:
+        total += summed_gradient(this.parameters, losses(this.workspace, batch), batch.records)
+    return mean_without_noise(total, this.plan.promise.expected_batch(len(this.examples)))

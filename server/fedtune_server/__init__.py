@@ -1,0 +1,1 @@
+"""The coordinator: rounds, validation, checkpoints."""

@@ -1,0 +1,104 @@
+"""Sends one round's messages over Flower and yields each site's reply as it comes, or the code of its failure.
+
+Knows nodes, deadlines and bytes; what a reply means is for the caller.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedtune.errors import FedtuneError
+from fedtune.flower.messages import Instruction, Refusal, content_bytes, encode_instruction
+
+_POLL_SECONDS = 0.02
+Reply = TypeVar("Reply")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[Reply]):
+    """One node's outcome: a decoded reply, or None with the code of what went wrong; bytes that came up."""
+
+    node: int
+    reply: Reply | None
+    code: str
+    bytes_up: int
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Payload bytes of a study so far."""
+
+    up: int = 0
+    down: int = 0
+
+
+class Exchange:
+    """Asks nodes and collects their answers within the plan's deadline."""
+
+    def __init__(self, grid: Grid, deadline: float, traffic: Traffic) -> None:
+        self._grid = grid
+        self._deadline = deadline
+        self.traffic = traffic
+
+    def nodes(self) -> list[int]:
+        """Return the nodes that are connected now."""
+        return sorted(self._grid.get_node_ids())
+
+    def ask(
+        self,
+        kind: str,
+        nodes: Sequence[int],
+        instruction: Instruction,
+        decode: Callable[[Message], Reply | Refusal],
+    ) -> Iterator[Answer[Reply]]:
+        """Send one instruction to each node and yield one answer a node, in the order of arrival.
+
+        The instruction is encoded once. A node that has not answered when the deadline passes yields
+        `federation.deadline`; its later reply is never looked at.
+        """
+        content = encode_instruction(instruction)
+        size = content_bytes(content)
+        group = str(instruction.round)
+        messages = [self._grid.create_message(content, kind, node, group, ttl=self._deadline) for node in nodes]
+        until = time.monotonic() + self._deadline
+        pending = dict(zip(self._grid.push_messages(messages), nodes, strict=True))
+        self.traffic.down += size * len(nodes)
+        yield from self._collect(pending, until, decode)
+
+    def _collect(
+        self, pending: dict[str, int], until: float, decode: Callable[[Message], Reply | Refusal]
+    ) -> Iterator[Answer[Reply]]:
+        while pending and time.monotonic() < until:
+            messages = list(self._grid.pull_messages(pending))
+            for message in messages:
+                node = pending.pop(message.metadata.reply_to_message_id, None)
+                if node is not None:
+                    yield self._answer(node, message, decode)
+            if not messages:
+                time.sleep(_POLL_SECONDS)
+        for node in pending.values():
+            yield Answer(node, None, "federation.deadline", 0)
+
+    def _answer(self, node: int, message: Message, decode: Callable[[Message], Reply | Refusal]) -> Answer[Reply]:
+        if message.has_error():
+            return Answer(node, None, f"flower.error-{message.error.code}", 0)
+        size = content_bytes(message.content) if "fedtune" in message.content else 0
+        self.traffic.up += size
+        try:
+            reply = decode(message)
+        except FedtuneError as error:
+            return Answer(node, None, error.code, size)
+        if isinstance(reply, Refusal):
+            return Answer(node, None, reply.code, size)
+        return Answer(node, reply, "", size)
+
+
+def names_of(sites: Mapping[str, int]) -> dict[int, str]:
+    """Return node → site."""
+    return {node: site for site, node in sites.items()}

@@ -1,0 +1,85 @@
+"""How a study ends: the released adapter and the summary, written once and last."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fedtune.config.machine import Machine
+from fedtune.config.plan import StudyPlan
+from fedtune.evaluation.metrics import Tally
+from fedtune.model.layout import AdapterState
+from fedtune.model.workspace import Workspace
+from fedtune.release.adapter import save_adapter
+from fedtune.run.files import write_whole
+from fedtune.run.versions import versions
+from fedtune.simulation.sites import test_examples
+from fedtune.simulation.workspace import open_workspace
+from fedtune.training.evaluate import evaluate
+from fedtune_server.facts import SiteFacts
+from fedtune_server.rounds import Study
+from fedtune_server.scorecard import CentralTest
+
+
+def central_test(plan: StudyPlan, machine: Machine, workspace: Workspace) -> CentralTest | None:
+    """Return a function that measures an adapter on the coordinator's test file, or None without one."""
+    if machine.test_path is None:
+        return None
+    examples = test_examples(plan, machine, workspace.tokenizer)
+
+    def measure(adapter: AdapterState) -> Tally:
+        return evaluate(workspace, adapter, examples, plan.evaluation.batch_size)
+
+    return measure
+
+
+def release(study: Study, machine: Machine) -> None:
+    """Write the adapter and then the summary; the summary's presence says that the study has ended."""
+    summary = summarise(study)
+    save_adapter(study.folder.adapter, open_workspace(study.plan, machine), study.released, study.plan, summary)
+    text = json.dumps(summary, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    write_whole(study.folder.summary_file, (text + "\n").encode())
+
+
+def summarise(study: Study) -> dict[str, Any]:
+    """Return the result of a study as plain JSON values."""
+    plan, facts = study.plan, study.facts
+    private = plan.promise.mode == "dp"
+    return {
+        "study": plan.name,
+        "plan_sha256": plan.sha256,
+        "rounds": study.round,
+        "task": plan.task.style,
+        "algorithm": plan.aggregation.algorithm,
+        "sites": [_site(site, plan) for site in facts.sites.values()],
+        "metrics": {"headline": study.evaluator.headline, "initial": facts.initial, "final": facts.final},
+        "privacy": {
+            "mode": plan.promise.mode,
+            "max_epsilon": facts.max_epsilon(plan.promise),
+            "delta": plan.promise.delta if private else None,
+            "accountant": plan.promise.accountant if private else None,
+            "unit": plan.promise.unit,
+            "relation": plan.promise.relation,
+            "sampler": plan.promise.sampler,
+            "noise": plan.promise.noise if private else None,
+            "noise_multiplier": plan.promise.noise_multiplier,
+            "clip_norm": plan.promise.clip_norm,
+            "statement": plan.promise.statement,
+        },
+        "traffic": {"bytes_up": study.exchange.traffic.up, "bytes_down": study.exchange.traffic.down},
+        "seconds": round(facts.seconds, 3),
+        "versions": versions(),
+        "run_dir": str(study.folder.path),
+    }
+
+
+def _site(site: SiteFacts, plan: StudyPlan) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "units": site.units,
+        "epsilon": site.epsilon(plan.promise),
+        "delta": plan.promise.delta if plan.promise.mode == "dp" else None,
+        "rounds": site.rounds,
+        "failed": site.failures,
+        "metrics": {"initial": site.initial, "final": site.final},
+    }

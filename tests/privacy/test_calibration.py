@@ -1,0 +1,78 @@
+"""The noise multiplier keeps the promise, wastes little, and moves the right way."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.errors import PrivacyError
+from fedtune.privacy.accounting import Event, epsilon
+from fedtune.privacy.calibration import calibrate
+
+SETTINGS = [
+    (8.0, 1e-5, 0.1, 30),
+    (3.0, 1e-5, 1.0, 20),
+    (1.0, 1e-6, 0.5, 100),
+    (0.1, 1e-5, 0.1, 100),
+    (2.0, 1e-5, 0.01, 2000),
+    (100.0, 1e-5, 0.1, 10),
+]
+
+
+@pytest.mark.parametrize(("target", "delta", "rate", "steps"), SETTINGS)
+def test_the_noise_is_enough_and_a_thousandth_less_is_not(target, delta, rate, steps):
+    sigma = calibrate(target, delta, rate, steps)
+    assert epsilon([Event(sigma, rate, steps, 1.0)], delta) <= target
+    assert epsilon([Event(sigma / 1.001, rate, steps, 1.0)], delta) > target
+
+
+@pytest.mark.parametrize(("target", "delta", "rate", "steps"), SETTINGS)
+def test_the_other_accountants_confirm_the_promise(target, delta, rate, steps):
+    event = Event(calibrate(target, delta, rate, steps), rate, steps, 1.0)
+    assert epsilon([event], delta, "rdp") >= target * 0.99
+    if target < 10:
+        assert epsilon([event], delta, "prv") == pytest.approx(target, abs=0.02)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    target=st.sampled_from([0.5, 1.0, 4.0, 8.0]),
+    rate=st.sampled_from([0.2, 0.6]),
+    steps=st.integers(1, 100),
+)
+def test_a_weaker_promise_less_sampling_or_fewer_steps_never_need_more_noise(target, rate, steps):
+    sigma = calibrate(target, 1e-5, rate, steps)
+    slack = 1 + 1e-3
+    assert calibrate(2 * target, 1e-5, rate, steps) <= sigma * slack
+    assert calibrate(target, 1e-4, rate, steps) <= sigma * slack
+    assert calibrate(target, 1e-5, rate / 2, steps) <= sigma * slack
+    assert calibrate(target, 1e-5, rate, max(1, steps // 2)) <= sigma * slack
+
+
+def test_a_very_weak_promise_keeps_the_least_noise():
+    assert calibrate(1e6, 1e-5, 0.1, 10) == pytest.approx(0.05, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ((0.0, 1e-5, 0.1, 10), "privacy.epsilon"),
+        ((-1.0, 1e-5, 0.1, 10), "privacy.epsilon"),
+        ((math.inf, 1e-5, 0.1, 10), "privacy.epsilon"),
+        ((math.nan, 1e-5, 0.1, 10), "privacy.epsilon"),
+        ((1.0, 0.0, 0.1, 10), "privacy.delta"),
+        ((1.0, 1.0, 0.1, 10), "privacy.delta"),
+        ((1.0, 1e-5, 0.0, 10), "privacy.sampling-rate"),
+        ((1.0, 1e-5, 1.5, 10), "privacy.sampling-rate"),
+        ((1.0, 1e-5, 0.1, 0), "privacy.steps"),
+        ((1e-6, 1e-9, 1.0, 10), "privacy.unreachable"),
+        ((1e-5, 1e-12, 0.5, 100_000), "privacy.unreachable"),
+    ],
+)
+def test_a_promise_that_cannot_be_kept_is_refused_with_its_reason(arguments, code):
+    with pytest.raises(PrivacyError) as refusal:
+        calibrate(*arguments)
+    assert refusal.value.code == code
