@@ -56,7 +56,7 @@ def bytes_text(count: float) -> str:
 
 def seconds_text(seconds: float) -> str:
     """`8.3 s`, `4m07s`, `2h05m`."""
-    if seconds < minute:
+    if round(seconds, 1) < minute:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < hour:

@@ -36,7 +36,7 @@ def site_weights(settings: AggregationSettings, site_names: Sequence[str]) -> di
         if not (0 < weight < math.inf and weight / largest > 0):
             raise AggregationError(
                 "bad-weight",
-                f"aggregation.weights gives site {name} a weight that is not positive, or that vanishes beside the largest",
+                f"aggregation.weights gives site {name} no positive weight, or one that vanishes beside the largest",
                 hint="leave a site out of the federation instead of giving it no weight",
             )
     scaled = [weight / largest for weight in weights]

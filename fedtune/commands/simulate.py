@@ -1,7 +1,6 @@
 """`fedtune simulate`: run a federation of simulated sites on this machine, sweep over values, or continue a run."""
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ import click
 import typer
 
 from fedtune.commands.options import ConfigFile, Format, OutputFormat, Overrides, Verbose
+from fedtune.commands.screen import quiet_libraries, screen
 
 app = typer.Typer(help="Fine-tune one model across simulated private sites.")
 
@@ -30,7 +30,7 @@ def simulate(
     Without arguments: six simulated banks with synthetic messages, MiniLM, ε = 8. Comma-separated values sweep and end
     in one comparison.
     """
-    _quiet_libraries(verbose=verbose)
+    quiet_libraries(verbose=verbose)
     if resume is not None:
         _show([([], _resumed(resume, list(overrides or []), config, output))], output)
         return
@@ -90,25 +90,6 @@ def _show(results: list[tuple[list[str], dict[str, Any]]], output: OutputFormat)
         summaries = [summary for _, summary in results]
         click.echo(json.dumps(summaries[0] if len(summaries) == 1 else summaries, ensure_ascii=False))
         return
-    from fedtune.display import console
     from fedtune.simulation.report import render_comparison, render_summary
 
-    screen = console(sys.stdout)
-    for _, summary in results[-1:] if len(results) == 1 else ():
-        screen.print(render_summary(summary))
-    if len(results) > 1:
-        screen.print(render_comparison(results))
-
-
-def _quiet_libraries(*, verbose: bool) -> None:
-    """Keep libraries' own progress bars and hints out of ours."""
-    import os
-
-    if not verbose:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        logging.getLogger("flwr").setLevel(logging.ERROR)
-        return
-    logging.basicConfig(level=logging.WARNING)
-    logging.getLogger("fedtune").setLevel(logging.DEBUG)
+    screen().print(render_summary(results[0][1]) if len(results) == 1 else render_comparison(results))

@@ -5,6 +5,7 @@ Each record is tokenised by itself, so that an example never depends on another 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +15,7 @@ from fedtune.data.chat import lay_out
 from fedtune.data.records import Conversation, Dialogue, LabelledText, Record, Segment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
@@ -114,7 +115,7 @@ def segments_of(record: Record, tokenizer: Any) -> tuple[Segment, ...]:
 def _classified(
     records: Sequence[Record], tokenizer: Any, special: SpecialTokens, max_tokens: int
 ) -> Iterable[Example]:
-    labelled = [record for record in records if isinstance(record, LabelledText)]
+    labelled = cast(Sequence[LabelledText], records)
     around = len(special.before) + len(special.after)
     encoded = _encode(tokenizer, [record.text for record in labelled])
     for record, ids in zip(labelled, encoded, strict=True):

@@ -56,7 +56,7 @@ def render_comparison(runs: Sequence[tuple[Sequence[str], Summary]]) -> Renderab
     metric = next((name for _, summary in runs if (name := headline_metric(summary))), None)
     table = _table(f"{len(runs)} runs compared")
     for key in varying:
-        table.add_column(printable(key), overflow="fold")
+        table.add_column(Text(printable(key).replace(".", ".\n")), min_width=max(map(len, key.split("."))) + 1)
     for name in ("ε", f"{metric or 'metric'} before", "after", "up", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("run folder", overflow="fold")

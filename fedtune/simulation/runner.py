@@ -54,6 +54,8 @@ def _execute(folder: RunFolder, plan: StudyPlan, machine: Machine, progress: Pro
     with watched_by(progress):
         try:
             run(machine.backend, _load(SERVER_APP), _load(CLIENT_APP), plan.federation.sites, config, workers=machine.workers)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"continue with `fedtune simulate --resume {folder.path}`") from None
         finally:
             progress.study_done()
     summary = folder.summary()

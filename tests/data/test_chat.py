@@ -63,7 +63,7 @@ def test_a_template_that_treats_the_last_turn_differently_keeps_exact_bounds(mak
 @pytest.mark.parametrize("chat", [CHATML, TRIMMED, REASONING])
 def test_the_segments_together_are_the_templates_own_text(make_tokenizer: Any, chat: str) -> None:
     tokenizer = make_tokenizer(bos="<s>", eos="</s>", chat=chat)
-    said = dialogue("u: Hi ", "a: Hello ", "u:Hello again", "a:Hello", "a:Hello Hello")
+    said = dialogue("u: Hi ", "a: Hello ", "u:Hello again", "a:Hello", "u:Hello", "a:Hello Hello")
     whole = tokenizer.apply_chat_template(
         [{"role": turn.role, "content": turn.content} for turn in said.turns], tokenize=False
     )

@@ -80,11 +80,16 @@ def _batch(kind: str, lengths: tuple[int, ...]) -> dict[str, Tensor]:
     return {"input_ids": tokens * mask, "attention_mask": mask, "labels": labels}
 
 
-def _make(name: str, rank: int = 2, dtype: torch.dtype = torch.float64, lengths: tuple[int, ...] = (7, 2, 5, 1)) -> Case:
+def _make(
+    name: str, rank: int = 2, dtype: torch.dtype = torch.float64, lengths: tuple[int, ...] = (7, 2, 5, 1)
+) -> Case:
     torch.manual_seed(rank)
     kind, base, targets = _base(name)
     task = "SEQ_CLS" if kind == "classification" else "CAUSAL_LM"
-    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=4, target_modules=targets, task_type=task)).to(dtype)
+    lora = LoraConfig(
+        r=rank, lora_alpha=4, target_modules=targets, task_type=task, fan_in_fan_out=name == "gpt2"
+    )  # fmt: skip
+    model = get_peft_model(base, lora).to(dtype)
     with torch.no_grad():
         for key, tensor in model.named_parameters():
             if "lora_B" in key:

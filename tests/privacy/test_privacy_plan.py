@@ -54,7 +54,9 @@ def test_a_given_noise_multiplier_determines_epsilon():
     plan.check()
 
 
-@pytest.mark.parametrize("change", [{"noise_multiplier": 0.5}, {"sampling_rate": 0.9}, {"max_steps": 400}, {"epsilon": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{"noise_multiplier": 0.5}, {"sampling_rate": 0.9}, {"max_steps": 400}, {"epsilon": 1.0}]
+)
 def test_a_plan_that_promises_more_than_its_noise_keeps_is_refused(plan, change):
     plan.check()
     with pytest.raises(PrivacyError, match="overspends"):
@@ -74,7 +76,16 @@ def test_a_plan_with_an_unknown_or_missing_key_is_refused(plan):
 
 
 def test_the_statement_names_every_term_of_the_promise(plan):
-    for term in ("ε = 4", "δ = 1e-05", "record", "added to or removed", "Poisson", "PLD", "cryptographic", "not protected"):
+    for term in (
+        "ε = 4",
+        "δ = 1e-05",
+        "record",
+        "added to or removed",
+        "Poisson",
+        "PLD",
+        "cryptographic",
+        "not protected",
+    ):
         assert term in plan.statement
     assert "not for release" in replace(plan, noise="seeded").statement
 

@@ -51,7 +51,14 @@ def test_the_same_words_give_the_same_stream_and_it_continues():
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [((5,), (5 + 2**32,)), ((5,), (5 + 2**64,)), ((1,), ("1",)), (("a", "bc"), ("ab", "c")), ((1, 2), (12,)), ((1,), (1, 0))],
+    [
+        ((5,), (5 + 2**32,)),
+        ((5,), (5 + 2**64,)),
+        ((1,), ("1",)),
+        (("a", "bc"), ("ab", "c")),
+        ((1, 2), (12,)),
+        ((1,), (1, 0)),
+    ],
 )
 def test_different_words_are_different_streams(one, other):
     """A torch CPU generator would not tell 5 from 5 + 2^32."""

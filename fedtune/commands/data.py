@@ -1,0 +1,97 @@
+"""`fedtune data check`: what a study would find in a file."""
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+
+from fedtune.commands.options import ConfigFile, Format, OutputFormat, Overrides, Verbose
+from fedtune.commands.screen import quiet_libraries, screen
+
+if TYPE_CHECKING:
+    from fedtune.data.check import DataReport, Sample
+
+app = typer.Typer(help="Look at records as a study would see them.", no_args_is_help=True)
+labels_shown = 20
+
+
+@app.callback()
+def group() -> None:
+    """Look at records as a study would see them."""
+
+
+@app.command()
+def check(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A file, a saved data set folder, or a Hub id.")],
+    overrides: Overrides = None,
+    *,
+    config: ConfigFile = None,
+    output: Format = OutputFormat.text,
+    verbose: Verbose = False,
+) -> None:
+    """Report format, task, labels, duplicates and token lengths, and show two examples with the loss mask."""
+    quiet_libraries(verbose=verbose)
+    from fedtune.config.compose import compose
+    from fedtune.data.check import check as check_file
+    from fedtune.model.base import find_base
+    from fedtune.model.build import load_tokenizer
+
+    settings = compose([f"data.path={json.dumps(path)}", *(overrides or [])], config)
+    tokenizer = load_tokenizer(find_base(settings.model))
+    report = check_file(path, settings.data, tokenizer, allow_download=settings.model.allow_download)
+    if output is OutputFormat.json:
+        click.echo(json.dumps(_document(report), ensure_ascii=False))
+        return
+    _print(report, settings.data.max_tokens)
+
+
+def _document(report: "DataReport") -> dict[str, object]:
+    parts = {name: getattr(report, name) for name in ("source", "format", "rows", "labels", "duplicates", "truncated")}
+    samples = [{"label": sample.label, "pieces": list(sample.pieces)} for sample in report.samples]
+    lengths = None if report.lengths is None else asdict(report.lengths)
+    return {
+        **parts,
+        "task": report.task.to_dict(),
+        "lengths": lengths,
+        "samples": samples,
+        "warnings": list(report.warnings),
+    }
+
+
+def _print(report: "DataReport", max_tokens: int) -> None:
+    from rich.text import Text
+
+    console = screen()
+    columns = ", ".join(f"{role}={name}" for role, name in report.task.columns.items())
+    console.print(f"{report.source}: {report.format}, {report.rows:,} records", markup=False)
+    console.print(f"task: {report.task.kind} ({report.task.style}: {columns})", markup=False)
+    if report.labels:
+        shown = list(report.labels.items())[:labels_shown]
+        more = f", and {len(report.labels) - len(shown)} more" if len(report.labels) > len(shown) else ""
+        counts = ", ".join(f"{label} {count}" for label, count in shown)
+        console.print(f"labels: {len(report.labels)}: {counts}{more}", markup=False)
+    console.print(f"exact duplicates: {report.duplicates:,}")
+    if report.lengths is not None and report.truncated is not None:
+        lengths = report.lengths
+        console.print(
+            f"tokens: median {lengths.p50}, 90 % {lengths.p90}, 95 % {lengths.p95}, 99 % {lengths.p99}, "
+            f"longest {lengths.longest}; {report.truncated:.1%} are cut at data.max_tokens={max_tokens}"
+        )
+    for number, sample in enumerate(report.samples, start=1):
+        console.print(Text(f"example {number}: ", style="bold") + _rendered(sample))
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", markup=False)
+
+
+def _rendered(sample: "Sample") -> "object":
+    from rich.text import Text
+
+    from fedtune.display import printable
+
+    line = Text()
+    for piece, trained in sample.pieces:
+        line.append(f"[{printable(piece)}]" if trained else f" {printable(piece)}", style="green" if trained else "dim")
+    line.append(f"  -> label {printable(sample.label)}" if sample.label is not None else "  ([token] counts in the loss)")
+    return line

@@ -1,0 +1,31 @@
+"""`fedtune predict`: use a finished run's adapter on any file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.commands.options import Verbose
+from fedtune.commands.screen import quiet_libraries
+
+app = typer.Typer(help="Predict with a finished run's adapter.")
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file with the study's input columns.")],
+    *,
+    verbose: Verbose = False,
+) -> None:
+    """Print one JSON line a record: the label and its probability, or the completion.
+
+    DATA needs the input columns only; lines come in the order of the file.
+    """
+    quiet_libraries(verbose=verbose)
+    from fedtune.simulation.finished import FinishedRun
+
+    for prediction in FinishedRun(run).predictions(data):
+        sys.stdout.write(json.dumps(prediction, ensure_ascii=False) + "\n")

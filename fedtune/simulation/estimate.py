@@ -1,0 +1,23 @@
+"""An estimate of a study's memory on one machine, from shapes alone; stated as an estimate wherever it is shown."""
+
+from __future__ import annotations
+
+from fedtune.config.plan import StudyPlan
+from fedtune.model.base import BaseModel
+
+_FLOAT = 4
+_ACTIVATIONS = 16  # numbers kept a token, layer and unit of width: attention and feed-forward inputs and outputs
+_RUNTIME = 500_000_000  # Python, torch and transformers themselves
+
+
+def memory_bytes(plan: StudyPlan, base: BaseModel) -> int:
+    """Return weights + per-record gradients + activations of one physical batch at full length + the runtime."""
+    weights = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
+    records = plan.training.physical_batch
+    gradients = _FLOAT * records * plan.adapter.trained * 2  # Opacus' rows and their flat copy
+    width = int(base.config.get("hidden_size", base.config.get("n_embd", 0)))
+    layers = int(base.config.get("num_hidden_layers", base.config.get("n_layer", 0)))
+    activations = _FLOAT * records * plan.data.max_tokens * width * layers * _ACTIVATIONS
+    vocabulary = int(base.config.get("vocab_size", 0)) if plan.task.kind == "causal-lm" else 0
+    logits = _FLOAT * records * plan.data.max_tokens * vocabulary * 2
+    return weights + gradients + activations + logits + _RUNTIME
