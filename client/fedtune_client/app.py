@@ -54,7 +54,7 @@ def _answer(message: Message, context: Context, act: Callable[[Site, Instruction
     try:
         site = open_site(context)
         reply = act(site, decode_instruction(message.content, site.plan.sha256))
-    except Exception as error:  # noqa: BLE001 - no exception text may leave the site; it is logged here
+    except Exception as error:
         logger.debug("the site refuses a message", exc_info=True)
         reply = refusal_of(error)
     return Message(encode_reply(reply), reply_to=message)

@@ -1,4 +1,4 @@
-"""A site: its records, its workspace and what it keeps on disk, opened from a Flower context and the machine's facts."""
+"""A site: its records, its workspace and what it keeps on disk, opened from a Flower context and machine facts."""
 
 from __future__ import annotations
 

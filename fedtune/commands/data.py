@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at records as a study would see them.", no_args_is_help=True)
 labels_shown = 20
+tokens_shown = 80
 
 
 @app.callback()
@@ -91,7 +92,11 @@ def _rendered(sample: "Sample") -> "object":
     from fedtune.display import printable
 
     line = Text()
-    for piece, trained in sample.pieces:
+    for piece, trained in sample.pieces[:tokens_shown]:
         line.append(f"[{printable(piece)}]" if trained else f" {printable(piece)}", style="green" if trained else "dim")
-    line.append(f"  -> label {printable(sample.label)}" if sample.label is not None else "  ([token] counts in the loss)")
+    if len(sample.pieces) > tokens_shown:
+        line.append(f" … {len(sample.pieces) - tokens_shown} more", style="dim")
+    line.append(
+        f"  -> label {printable(sample.label)}" if sample.label is not None else "  ([token] counts in the loss)"
+    )
     return line

@@ -111,7 +111,9 @@ class StudyPlan(Section):
         try:
             plan = cls.model_validate(json.loads(text))
         except (ValueError, ValidationError) as error:
-            raise ConfigError("bad-plan", "the study plan cannot be read", hint="resolve it again: fedtune plan") from error
+            raise ConfigError(
+                "bad-plan", "the study plan cannot be read", hint="resolve it again: fedtune plan"
+            ) from error
         if plan.json_text != text:
             raise ConfigError("bad-plan", "the study plan is not in canonical form", hint="fedtune plan --format json")
         return plan

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedtune.errors import MessageError
 
 SERIALISATION = "fedtune.raw-le"
-_DTYPES = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "int64": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "int64": np.dtype("<i8")}
 
 
 def to_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
@@ -46,4 +46,5 @@ def _decode(name: str, array: Array) -> NDArray[Any]:
         raise MessageError("wrong-dtype", f"array {name!r} is {array.stype}/{array.dtype}")
     if any(size < 0 for size in array.shape) or math.prod(array.shape) * dtype.itemsize != len(array.data):
         raise MessageError("wrong-shape", f"array {name!r} of shape {array.shape} has {len(array.data)} bytes")
-    return np.frombuffer(array.data, dtype=dtype).reshape(array.shape)
+    values: NDArray[Any] = np.frombuffer(array.data, dtype=dtype).reshape(array.shape)
+    return values

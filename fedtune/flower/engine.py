@@ -35,10 +35,14 @@ def check_backend(backend: str) -> None:
     """Refuse a backend that does not exist or is not installed."""
     if backend not in BACKENDS:
         raise ConfigError(
-            "unknown-backend", f"run.backend={backend!r} is not one of {', '.join(BACKENDS)}", hint="run.backend=inprocess"
+            "unknown-backend",
+            f"run.backend={backend!r} is not one of {', '.join(BACKENDS)}",
+            hint="run.backend=inprocess",
         )
     if backend == "ray" and importlib.util.find_spec("ray") is None:
-        raise ConfigError("missing-extra", "run.backend=ray needs Ray, which is not installed", hint="pip install 'fedtune[ray]'")
+        raise ConfigError(
+            "missing-extra", "run.backend=ray needs Ray, which is not installed", hint="pip install 'fedtune[ray]'"
+        )
 
 
 def _run_on_ray(server: ServerApp, client: ClientApp, nodes: int, run_config: Mapping[str, str], workers: int) -> None:
@@ -61,7 +65,10 @@ def _run_on_ray(server: ServerApp, client: ClientApp, nodes: int, run_config: Ma
         client_app=client,
         server_app=server,
         backend_name="ray",
-        backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": workers, "logging_level": "ERROR"}},
+        backend_config={
+            "client_resources": {"num_cpus": 1},
+            "init_args": {"num_cpus": workers, "logging_level": "ERROR"},
+        },
         server_app_context=Context(1, 0, {}, RecordDict(), dict(run_config)),
         run=run_record,
     )

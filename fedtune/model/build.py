@@ -58,7 +58,9 @@ def load_tokenizer(base: BaseModel) -> Any:
     try:
         return AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError("no-tokenizer", f"{base.folder} has no usable tokenizer", hint="fetch the whole model folder") from error
+        raise ModelError(
+            "no-tokenizer", f"{base.folder} has no usable tokenizer", hint="fetch the whole model folder"
+        ) from error
 
 
 def check_length(base: BaseModel, max_tokens: int) -> None:
@@ -95,9 +97,13 @@ def _load(base: BaseModel, recipe: Recipe, tokenizer: Any, kind: str) -> tuple[A
         loader = getattr(transformers, kind)
         model, info = loader.from_pretrained(base.folder, use_safetensors=True, output_loading_info=True, **settings)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError("bad-base", f"{base.folder} cannot be loaded: {_first_line(error)}", hint="check the folder") from error
+        raise ModelError(
+            "bad-base", f"{base.folder} cannot be loaded: {_first_line(error)}", hint="check the folder"
+        ) from error
     if recipe.head != "architecture" and (missing := _weights_missing(info, recipe.head)):
-        raise ModelError("missing-weights", f"{base.name} lacks {', '.join(missing[:3])}", hint="choose another model.base")
+        raise ModelError(
+            "missing-weights", f"{base.name} lacks {', '.join(missing[:3])}", hint="choose another model.base"
+        )
     return model, _owners(info)
 
 

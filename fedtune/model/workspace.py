@@ -44,7 +44,9 @@ class Workspace:
             for name, value in state.items():
                 parameter = self.parameters[name]
                 if parameter.shape != value.shape:
-                    raise ModelError("wrong-shape", f"{name} has shape {value.shape}, the model has {tuple(parameter.shape)}")
+                    raise ModelError(
+                        "wrong-shape", f"{name} has shape {value.shape}, the model has {tuple(parameter.shape)}"
+                    )
                 parameter.copy_(torch.tensor(value))
 
     def export(self, layout: AdapterLayout) -> AdapterState:

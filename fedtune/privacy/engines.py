@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -35,19 +36,21 @@ class PerSampleEngine(Protocol):
 
 
 def summed_gradient(parameters: Parameters, batch_losses: BatchLosses, records: int) -> Tensor:
-    """Return Σ_i ∇loss_i (P,) in float32, for `privacy.mode=off` only: nothing bounds one record in it."""
-    parts = _zeros(parameters)
+    """Return Σ_i ∇loss_i (P,) in float32 (float64 for a float64 model), for `privacy.mode=off` only: nothing bounds one record in it."""
+    tensors = [tensor for _, tensor in parameters]
+    gradients: tuple[Tensor | None, ...] = (None,) * len(tensors)
     if records:
-        tensors = [tensor for _, tensor in parameters]
         with torch.enable_grad():
             losses = _checked(batch_losses(), records)
             gradients = torch.autograd.grad(losses.sum(), tensors, allow_unused=True)
-        parts = [zero if one is None else one.reshape(-1) for zero, one in zip(parts, gradients, strict=True)]
-    return torch.cat(parts).to(torch.promote_types(parts[0].dtype, torch.float32))
+    pairs = zip(gradients, tensors, strict=True)
+    flat = [(torch.zeros_like(tensor) if one is None else one).reshape(-1) for one, tensor in pairs]
+    return torch.cat(flat).to(torch.promote_types(_precision(parameters), torch.float32))
 
 
-def _zeros(parameters: Parameters) -> list[Tensor]:
-    return [torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device) for _, tensor in parameters]
+def _precision(parameters: Parameters) -> torch.dtype:
+    """The type that holds every parameter's gradient."""
+    return reduce(torch.promote_types, (tensor.dtype for _, tensor in parameters))
 
 
 def _checked(losses: Tensor, records: int) -> Tensor:
@@ -98,12 +101,15 @@ class OpacusEngine:
         gradients are not one for each record: layers that flatten tokens into the batch are named.
         """
         sizes = [tensor.numel() for _, tensor in self._parameters]
+        device = self._parameters[0][1].device
+        rows = torch.zeros(records, sum(sizes), dtype=_precision(self._parameters), device=device)
         if not records:
-            return torch.zeros(0, sum(sizes), device=self._parameters[0][1].device)
+            return rows
         try:
             self._backward(batch_losses, records)
-            rows = [self._rows(name, tensor, records) for name, tensor in self._parameters]
-            return torch.cat(rows, dim=1)
+            for (name, tensor), out in zip(self._parameters, rows.split(sizes, dim=1), strict=True):
+                self._move(name, tensor, out)
+            return rows
         finally:
             self._reset()
 
@@ -124,11 +130,11 @@ class OpacusEngine:
                 layer.training = mode
 
     @staticmethod
-    def _rows(name: str, tensor: Any, records: int) -> Tensor:
-        """One parameter's (records, size) gradients, or zeros where it took no part."""
-        found = tensor.grad_sample
+    def _move(name: str, tensor: Any, out: Tensor) -> None:
+        """Move one parameter's gradients into its columns of zeros, freeing them; leave the zeros if it has none."""
+        found, tensor.grad_sample, records = tensor.grad_sample, None, len(out)
         if found is None and tensor.grad is None:
-            return torch.zeros(records, tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+            return
         if not isinstance(found, Tensor):
             raise PrivacyError(
                 "no-per-record-gradient",
@@ -142,7 +148,7 @@ class OpacusEngine:
                 "batch, and each token would be clipped as a record.",
                 hint="Choose other lora.targets, or a base model whose layers keep the batch dimension.",
             )
-        return found.reshape(records, -1)
+        out.copy_(found.reshape(records, -1))
 
     def _reset(self) -> None:
         """Forget this pass, also one that an error interrupted, so that it cannot leak into the next."""

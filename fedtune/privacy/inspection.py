@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedtune.errors import PrivacyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
 # Class names of routed layers: MixtralExperts, DbrxExpertGLU, JambaTopKRouter, DeepseekV3MoE, NllbMoeSparseMLP.
 ROUTED = re.compile(r"Experts?(GLU)?$|Router$|Mo[eE]$|Sparse(MoE|Moe|MLP)")
@@ -80,17 +80,18 @@ def _trace(
     batch: Mapping[str, Tensor],
     kept: int,
     trainable: list[nn.Parameter],
-) -> Iterator[Tensor]:
-    """Yield one record's loss and its gradients, under a fixed seed."""
+) -> list[Tensor]:
+    """One record's loss and its gradients, under a fixed seed."""
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         losses = batch_losses(batch)
         if losses.shape != (len(next(iter(batch.values()))),):
             raise PrivacyError("coupled-records", f"the loss has shape {tuple(losses.shape)}, not one value a record.")
-        yield losses[kept].detach()
+        found = [losses[kept].detach()]
         if trainable and losses.requires_grad:
-            for gradient in torch.autograd.grad(losses[kept], trainable, allow_unused=True):
-                yield torch.zeros(()) if gradient is None else gradient
+            gradients = torch.autograd.grad(losses[kept], trainable, allow_unused=True)
+            found += [torch.zeros(()) if gradient is None else gradient for gradient in gradients]
+    return found
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

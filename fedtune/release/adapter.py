@@ -71,10 +71,12 @@ def _about(plan: StudyPlan) -> dict[str, Any]:
 
 
 def _refuse_dead(workspace: Workspace, adapter: AdapterState) -> None:
-    """A LoRA layer is alive when its B has moved from zero."""
+    """Refuse an adapter in which no B has moved from zero."""
     factors = [spec.name for spec in workspace.layout.tensors if spec.role == "lora_B"]
     if factors and not any(np.any(adapter[name]) for name in factors):
-        raise ModelError("dead-adapter", "every LoRA B is still zero after training", hint="raise training.learning_rate")
+        raise ModelError(
+            "dead-adapter", "every LoRA B is still zero after training", hint="raise training.learning_rate"
+        )
 
 
 def _check_saved(folder: Path, adapter: AdapterState) -> None:

@@ -29,7 +29,7 @@ def render_card(plan: StudyPlan, summary: dict[str, Any]) -> str:
         _first_words(plan, summary),
         _facts(plan, summary),
         _metrics(summary),
-        "## Use\n\n`fedtune predict RUN DATA` and `fedtune evaluate RUN DATA` use the whole; other tools load the LoRA part:\n\n"
+        "## Use\n\n`fedtune predict` and `fedtune evaluate` use the whole; other tools load the LoRA part:\n\n"
         + _use(plan),
     ]
     return "\n\n".join(parts) + "\n"
@@ -71,7 +71,9 @@ def _metrics(summary: dict[str, Any]) -> str:
     initial, final = summary["metrics"]["initial"], summary["metrics"]["final"]
     if not final:
         return "## Metrics\n\nNone was measured."
-    rows = "\n".join(f"| {name} | {initial.get(name, float('nan')):.4f} | {value:.4f} |" for name, value in final.items())
+    rows = "\n".join(
+        f"| {name} | {initial.get(name, float('nan')):.4f} | {value:.4f} |" for name, value in final.items()
+    )
     note = "Measured on held-out records; these numbers are not covered by ε."
     return f"## Metrics\n\n| held out | before | after |\n|---|---|---|\n{rows}\n\n{note}"
 

@@ -41,7 +41,7 @@ def append_line(path: Path, line: str, *, durable: bool = True) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines; a torn last line (no newline: the writer was killed) is ignored, any other damage is an error."""
+    """Read JSON lines; a torn last line (its writer was killed) is ignored, any other damage is an error."""
     if not path.exists():
         return []
     *whole, _torn = path.read_bytes().split(b"\n")
@@ -76,5 +76,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             hint = "free some space, then continue with fedtune simulate --resume RUN"
             raise RunError("disk-full", f"no space left to write {path}", hint=hint) from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
-            raise RunError("unwritable", f"{path} cannot be written ({error.strerror})", hint="run.dir=FOLDER") from error
+            raise RunError(
+                "unwritable", f"{path} cannot be written ({error.strerror})", hint="run.dir=FOLDER"
+            ) from error
         raise

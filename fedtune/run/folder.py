@@ -79,7 +79,9 @@ class RunFolder:
         try:
             return path.read_text(encoding="utf-8")
         except OSError as error:
-            raise RunError("no-run", f"{self.path} is not a run folder ({path.name} cannot be read)", hint="ls runs") from error
+            raise RunError(
+                "no-run", f"{self.path} is not a run folder ({path.name} cannot be read)", hint="ls runs"
+            ) from error
 
 
 def create(plan: StudyPlan, machine: Machine) -> RunFolder:

@@ -33,7 +33,7 @@ def study_info(plan: StudyPlan, run_dir: Path) -> StudyInfo:
     return StudyInfo(
         name=plan.name,
         rounds=plan.federation.rounds,
-        sites=plan.federation.sites,
+        sites=min(plan.federation.sites, plan.federation.sites_per_round or plan.federation.sites),
         epsilon_target=plan.promise.epsilon if private else None,
         delta=plan.promise.delta,
         metric_name="accuracy" if plan.task.kind == "classification" else "loss",

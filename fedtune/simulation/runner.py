@@ -53,7 +53,14 @@ def _execute(folder: RunFolder, plan: StudyPlan, machine: Machine, progress: Pro
     config = {PLAN_KEY: plan.json_text}
     with watched_by(progress):
         try:
-            run(machine.backend, _load(SERVER_APP), _load(CLIENT_APP), plan.federation.sites, config, workers=machine.workers)
+            run(
+                machine.backend,
+                _load(SERVER_APP),
+                _load(CLIENT_APP),
+                plan.federation.sites,
+                config,
+                workers=machine.workers,
+            )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"continue with `fedtune simulate --resume {folder.path}`") from None
         finally:

@@ -1,4 +1,4 @@
-"""The sites of a simulation: one data set, dealt out by the plan's partition, held by one process each time it is asked.
+"""The sites of a simulation: one data set, dealt out by the plan's partition.
 
 Every process of a simulation deals the same records to the same site, because the partition depends on the plan alone.
 """
@@ -61,7 +61,9 @@ def _read(plan: StudyPlan, machine: Machine, columns: Sequence[str]) -> Table:
     if plan.data.source == "bank-messages":
         return bank_messages(plan.federation.sites, plan.data.limit)
     if machine.data_path is None:
-        raise RunError("no-data", "the run's machine.json names no data file", hint="start a new run with data.path=FILE")
+        raise RunError(
+            "no-data", "the run's machine.json names no data file", hint="start a new run with data.path=FILE"
+        )
     return read_table(
         machine.data_path,
         machine.data_format,

@@ -33,7 +33,9 @@ def _open_once(plan_json: str, machine: Machine) -> Workspace:
         )
     workspace = build(base, recipe_of(plan), machine.device)
     if layout_hash(workspace.layout) != plan.adapter.layout_sha256:
-        raise ModelError("other-layout", "the adapter has other tensors than the plan says", hint="use the pinned versions")
+        raise ModelError(
+            "other-layout", "the adapter has other tensors than the plan says", hint="use the pinned versions"
+        )
     return workspace
 
 
@@ -41,7 +43,14 @@ def recipe_of(plan: StudyPlan) -> Recipe:
     """Return the plan's words for the model."""
     model = plan.model
     return Recipe(
-        plan.task, plan.lora, model.head, model.head_init, model.head_scale, model.dtype, plan.seed, plan.data.max_tokens
+        plan.task,
+        plan.lora,
+        model.head,
+        model.head_init,
+        model.head_scale,
+        model.dtype,
+        plan.seed,
+        plan.data.max_tokens,
     )
 
 

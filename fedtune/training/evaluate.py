@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedtune.data.batches import Batch, collate
-from fedtune.data.templates import Example
+from fedtune.data.templates import IGNORED, Example
 from fedtune.evaluation.metrics import Confusion, Tally, total
 from fedtune.model.layout import AdapterState
 from fedtune.model.workspace import Workspace
@@ -54,5 +54,5 @@ def _classified(logits: Tensor, labels: Tensor, classes: int) -> Tally:
 
 def _language(logits: Tensor, labels: Tensor) -> Tally:
     targets = labels[:, 1:]
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    return Tally(float(loss), len(labels), int((targets != -100).sum()))
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return Tally(float(loss), len(labels), int((targets != IGNORED).sum()))

@@ -36,7 +36,7 @@ def make_optimizer(settings: TrainingSettings, parameters: Named, layout: Adapte
 
 
 def schedule_factor(schedule: str, step: int, total: int) -> float:
-    """Return the factor on the learning rate at step `step` of `total` (0-based): 1 at the start, towards 0 at the end."""
+    """Return the factor on the learning rate at step `step` of `total` (0-based): 1 at first, falling towards 0."""
     progress = step / total
     if schedule == "linear":
         return 1.0 - progress
@@ -68,9 +68,7 @@ def dump_state(optimizer: torch.optim.Optimizer, parameters: Named) -> dict[str,
     }
 
 
-def load_state(
-    optimizer: torch.optim.Optimizer, parameters: Named, state: Mapping[str, NDArray[np.float32]]
-) -> None:
+def load_state(optimizer: torch.optim.Optimizer, parameters: Named, state: Mapping[str, NDArray[np.float32]]) -> None:
     """Restore moments dumped by `dump_state`."""
     by_name = dict(parameters)
     for key, value in state.items():

@@ -77,7 +77,9 @@ def _describe(exchange: Exchange, plan: StudyPlan) -> tuple[dict[str, int], Stud
             continue
         nodes[answer.reply.site] = answer.node
         found[answer.reply.site] = SiteFacts.of(answer.reply)
-    if len(found) < plan.federation.sites and (not found or len(found) / plan.federation.sites < plan.federation.quorum):
+    if len(found) < plan.federation.sites and (
+        not found or len(found) / plan.federation.sites < plan.federation.quorum
+    ):
         causes = ", ".join(sorted(set(refused))) or "no answer"
         raise FederationError(
             "no-quorum",

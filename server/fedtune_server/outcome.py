@@ -80,6 +80,7 @@ def _site(site: SiteFacts, plan: StudyPlan) -> dict[str, Any]:
         "epsilon": site.epsilon(plan.promise),
         "delta": plan.promise.delta if plan.promise.mode == "dp" else None,
         "rounds": site.rounds,
-        "failed": site.failures,
+        "failed": sum(site.failures.values()),
+        "failures": site.failures,
         "metrics": {"initial": site.initial, "final": site.final},
     }

@@ -71,7 +71,9 @@ def resume(study: Study) -> None:
     for name, site in described.items():
         known = study.facts.sites.setdefault(name, site)
         if known.data_sha256 != site.data_sha256:
-            raise FederationError("other-data", f"{name} holds other records than when the study began", hint="start a new run")
+            raise FederationError(
+                "other-data", f"{name} holds other records than when the study began", hint="start a new run"
+            )
         known.events = site.events
 
 
@@ -86,7 +88,7 @@ def run_rounds(study: Study) -> None:
 def _run_round(study: Study, number: int) -> None:
     started = time.monotonic()
     asked = [name for name in sites_of_round(study.plan, sorted(study.facts.sites), number) if name in study.nodes]
-    study.progress.round_started(number)
+    study.progress.round_started(number, len(asked))
     before = (study.exchange.traffic.up, study.exchange.traffic.down)
     mean, failed = _collect(study, number, asked)
     _require_quorum(study.plan, asked, failed, number)
@@ -174,7 +176,7 @@ def _save(study: Study) -> None:
     save_checkpoint(study.folder.checkpoints, study.plan.sha256, state)
 
 
-def _report(  # noqa: PLR0913, PLR0917 - the columns of one line
+def _report(
     study: Study,
     asked: list[str],
     failed: dict[str, str],

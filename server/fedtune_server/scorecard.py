@@ -49,9 +49,7 @@ class Evaluator:
             return self.central(adapter).metrics()
         return total(tallies[name] for name in sorted(tallies)).metrics() if tallies else {}
 
-    def _ask(
-        self, facts: StudyFacts, nodes: Mapping[str, int], number: int, adapter: AdapterState
-    ) -> dict[str, Tally]:
+    def _ask(self, facts: StudyFacts, nodes: Mapping[str, int], number: int, adapter: AdapterState) -> dict[str, Tally]:
         instruction = Instruction(self.plan.sha256, number, {name: adapter[name] for name in self.download})
         site_of = {node: name for name, node in nodes.items() if name in facts.sites}
         tallies: dict[str, Tally] = {}

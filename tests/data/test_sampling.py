@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_a_draw_is_ascending_and_int64() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.0001, math.nan])
-def test_an_impossible_rate_is_refused(rate) -> None:
+def test_an_impossible_rate_is_refused(rate: float) -> None:
     with pytest.raises(PrivacyError, match="sampling-rate"):
         PoissonSampler(10, rate)
 
@@ -61,7 +62,7 @@ def test_a_negative_number_of_units_is_refused() -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 512), min_size=1, max_size=60), limit=st.integers(1, 9), data=st.data())
-def test_physical_batches_hold_each_drawn_record_exactly_once(lengths, limit, data) -> None:
+def test_physical_batches_hold_each_drawn_record_exactly_once(lengths: Any, limit: int, data: st.DataObject) -> None:
     drawn = sorted(data.draw(st.sets(st.integers(0, len(lengths) - 1))))
     batches = physical_batches(np.array(drawn, dtype=np.int64), lengths, limit)
     assert sorted(int(i) for batch in batches for i in batch) == drawn

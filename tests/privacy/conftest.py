@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -20,6 +20,9 @@ from transformers import (
 
 from fedtune.privacy.engines import OpacusEngine
 from fedtune.privacy.losses import record_losses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 VOCAB = 23
 

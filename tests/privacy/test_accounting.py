@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,12 +14,15 @@ from scipy.stats import norm
 from fedtune.errors import PrivacyError
 from fedtune.privacy.accounting import Event, epsilon, merge, pld_epsilon
 
+if TYPE_CHECKING:
+    import random
 
-def event(sigma=1.0, rate=0.1, steps=10, **changes):
+
+def event(sigma: float = 1.0, rate: float = 0.1, steps: int = 10, **changes: Any) -> Event:
     return Event(sigma, rate, steps, clip_norm=1.0, **changes)
 
 
-def analytic_gaussian_delta(eps, mu):
+def analytic_gaussian_delta(eps: float, mu: float) -> float:
     """Balle and Wang 2018, theorem 8, for sensitivity / standard deviation = mu."""
     return norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * norm.cdf(-mu / 2 - eps / mu)
 
@@ -31,7 +35,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("mechanism", "delta", "known"), TABLE)
-def test_all_three_accountants_give_their_known_values(mechanism, delta, known):
+def test_all_three_accountants_give_their_known_values(mechanism: Any, delta: float, known: dict[str, float]) -> None:
     for accountant, expected in known.items():
         assert epsilon([event(*mechanism)], delta, accountant) == pytest.approx(
             expected, abs=6e-3 if expected > 9 else 6e-4
@@ -41,42 +45,42 @@ def test_all_three_accountants_give_their_known_values(mechanism, delta, known):
 @pytest.mark.parametrize(
     "mechanism", [(0.7, 0.1, 30), (1.2, 0.3, 50), (4.0, 0.5, 100), (2.0, 1.0, 20), (0.9, 0.02, 400)]
 )
-def test_pld_is_the_tightest_and_agrees_with_prv_within_its_error(mechanism):
+def test_pld_is_the_tightest_and_agrees_with_prv_within_its_error(mechanism: Any) -> None:
     pld, prv, rdp = (epsilon([event(*mechanism)], 1e-5, name) for name in ("pld", "prv", "rdp"))
     assert pld <= rdp
     assert abs(pld - prv) <= 0.01 + 2e-4 * pld  # PRV reports its upper end, 0.01 above
 
 
 @pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (3.0, 30), (0.5, 4), (50.0, 1000)])
-def test_full_batches_have_the_analytic_gaussian_epsilon(sigma, steps):
+def test_full_batches_have_the_analytic_gaussian_epsilon(sigma: float, steps: int) -> None:
     eps = epsilon([event(sigma, 1.0, steps)], 1e-5)
     assert analytic_gaussian_delta(eps, math.sqrt(steps) / sigma) == pytest.approx(1e-5, rel=1e-6)
 
 
-def test_gaussians_of_different_noise_compose_into_one():
+def test_gaussians_of_different_noise_compose_into_one() -> None:
     parts = [event(2.0, 1.0, 3), event(5.0, 1.0, 7)]
     whole = event((3 / 4 + 7 / 25) ** -0.5, 1.0, 1)
     assert epsilon(parts, 1e-6) == pytest.approx(epsilon([whole], 1e-6), rel=1e-12)
 
 
-def test_a_mixed_history_lies_between_its_neighbours():
+def test_a_mixed_history_lies_between_its_neighbours() -> None:
     mixed = epsilon([event(1.0, 0.1, 20), event(4.0, 1.0, 5)], 1e-5)
     assert epsilon([event(1.0, 0.1, 20)], 1e-5) < mixed < epsilon([event(1.0, 0.1, 20), event(2.0, 1.0, 5)], 1e-5)
     assert abs(mixed - epsilon([event(1.0, 0.1, 20), event(4.0, 1.0, 5)], 1e-5, "prv")) <= 0.01 + 1e-3
 
 
 @pytest.mark.parametrize("mechanism", [(0.8, 1e-3, 100), (1.0, 0.1, 100), (50.0, 0.5, 10_000)])
-def test_the_grid_overstates_epsilon_by_no_more_than_it_says(mechanism):
+def test_the_grid_overstates_epsilon_by_no_more_than_it_says(mechanism: Any) -> None:
     coarse, fine = (pld_epsilon((mechanism,), 1e-5, pessimism) for pessimism in (1e-4, 1e-6))
     assert fine <= coarse * (1 + 1e-6)
     assert coarse <= fine * (1 + 3e-3)
 
 
-def test_a_tiny_noise_is_accounted_without_exhausting_the_memory():
+def test_a_tiny_noise_is_accounted_without_exhausting_the_memory() -> None:
     assert epsilon([event(0.05, 0.5, 1000)], 1e-5) > 1e4
 
 
-def test_nothing_costs_nothing_and_no_noise_costs_everything():
+def test_nothing_costs_nothing_and_no_noise_costs_everything() -> None:
     assert epsilon([], 1e-5) == 0
     assert epsilon([event(steps=0)], 1e-5) == 0
     for accountant in ("pld", "rdp", "prv"):
@@ -91,7 +95,7 @@ HISTORY = st.lists(
 
 @settings(max_examples=10, deadline=None)
 @given(history=HISTORY, seed=st.randoms(use_true_random=False))
-def test_the_order_of_events_does_not_matter(history, seed):
+def test_the_order_of_events_does_not_matter(history: list[Event], seed: random.Random) -> None:
     shuffled = list(history)
     seed.shuffle(shuffled)
     assert merge(shuffled) == merge(history)
@@ -100,28 +104,28 @@ def test_the_order_of_events_does_not_matter(history, seed):
 
 @settings(max_examples=10, deadline=None)
 @given(history=HISTORY, extra=HISTORY)
-def test_more_events_never_spend_less(history, extra):
+def test_more_events_never_spend_less(history: list[Event], extra: Any) -> None:
     assert epsilon(history + extra, 1e-5) >= epsilon(history, 1e-5) * (1 - 1e-3)
 
 
-def test_four_hundred_alternating_steps_are_two_merged_events():
+def test_four_hundred_alternating_steps_are_two_merged_events() -> None:
     steps = [event(sigma, 0.01, 1) for _ in range(200) for sigma in (1.0, 1.3)]
     assert [one.steps for one in merge(steps)] == [200, 200]
     assert epsilon(steps, 1e-5) == epsilon([event(1.0, 0.01, 200), event(1.3, 0.01, 200)], 1e-5)
 
 
-def test_events_that_differ_in_more_than_steps_stay_apart_in_the_ledger_and_join_in_the_composition():
+def test_events_that_differ_in_more_than_steps_stay_apart_in_the_ledger_and_join_in_the_composition() -> None:
     seeded, secure = event(steps=3), event(steps=3, noise="secure")
     assert len(merge([seeded, secure])) == 2
     assert epsilon([seeded, secure], 1e-5) == epsilon([event(steps=6)], 1e-5)
 
 
-def test_an_event_survives_json():
+def test_an_event_survives_json() -> None:
     original = event(noise="secure", unit="patient")
     assert Event.from_dict(json.loads(json.dumps(original.to_dict()))) == original
 
 
-def test_an_event_with_a_missing_or_unknown_key_is_refused():
+def test_an_event_with_a_missing_or_unknown_key_is_refused() -> None:
     values = event().to_dict()
     with pytest.raises(PrivacyError, match="event"):
         Event.from_dict({**values, "shuffle": True})
@@ -144,12 +148,12 @@ def test_an_event_with_a_missing_or_unknown_key_is_refused():
         {"steps": 2.5},
     ],
 )
-def test_an_event_that_no_accountant_covers_is_refused(change):
+def test_an_event_that_no_accountant_covers_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(PrivacyError, match="cannot be"):
         event(**change)
 
 
-def test_what_cannot_be_accounted_is_refused():
+def test_what_cannot_be_accounted_is_refused() -> None:
     with pytest.raises(PrivacyError, match="mixed-units"):
         epsilon([event(), event(unit="patient")], 1e-5)
     with pytest.raises(PrivacyError, match="unknown-accountant"):

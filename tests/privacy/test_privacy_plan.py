@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,24 +20,24 @@ TERMS = {"delta": 1e-5, "clip_norm": 0.5, "sampling_rate": 0.2, "max_steps": 40}
 
 
 @pytest.fixture
-def plan():
+def plan() -> PrivacyPlan:
     return PrivacyPlan.calibrated(epsilon=4.0, noise="secure", **TERMS)
 
 
-def test_the_forecast_is_the_epsilon_of_the_events_that_will_run(plan):
+def test_the_forecast_is_the_epsilon_of_the_events_that_will_run(plan: PrivacyPlan) -> None:
     rounds = [plan.event(10) for _ in range(4)]
     assert plan.forecast() == epsilon(rounds, plan.delta) <= 4.0
     assert plan.forecast() == pytest.approx(4.0, rel=2e-3)
 
 
-def test_spending_grows_from_zero_to_the_forecast(plan):
+def test_spending_grows_from_zero_to_the_forecast(plan: PrivacyPlan) -> None:
     spent = [plan.spent(steps) for steps in (0, 1, 20, 40)]
     assert spent[0] == 0
     assert spent == sorted(spent)
     assert spent[-1] == plan.forecast()
 
 
-def test_the_accounted_event_repeats_the_plan(plan):
+def test_the_accounted_event_repeats_the_plan(plan: PrivacyPlan) -> None:
     event = plan.event(7)
     assert (event.noise_multiplier, event.sampling_rate, event.steps, event.clip_norm, event.noise) == (
         plan.noise_multiplier,
@@ -48,7 +49,7 @@ def test_the_accounted_event_repeats_the_plan(plan):
     assert PoissonSampler(100, plan.sampling_rate).rate == event.sampling_rate
 
 
-def test_a_given_noise_multiplier_determines_epsilon():
+def test_a_given_noise_multiplier_determines_epsilon() -> None:
     plan = PrivacyPlan.from_noise(noise_multiplier=2.0, **TERMS)
     assert plan.epsilon == plan.forecast()
     plan.check()
@@ -57,25 +58,25 @@ def test_a_given_noise_multiplier_determines_epsilon():
 @pytest.mark.parametrize(
     "change", [{"noise_multiplier": 0.5}, {"sampling_rate": 0.9}, {"max_steps": 400}, {"epsilon": 1.0}]
 )
-def test_a_plan_that_promises_more_than_its_noise_keeps_is_refused(plan, change):
+def test_a_plan_that_promises_more_than_its_noise_keeps_is_refused(plan: PrivacyPlan, change: dict[str, Any]) -> None:
     plan.check()
     with pytest.raises(PrivacyError, match="overspends"):
         replace(plan, **change).check()
 
 
-def test_a_plan_survives_json(plan):
+def test_a_plan_survives_json(plan: PrivacyPlan) -> None:
     for one in (plan, PrivacyPlan.off(sampling_rate=0.1, max_steps=3)):
         assert PrivacyPlan.from_dict(json.loads(json.dumps(one.to_dict(), allow_nan=False))) == one
 
 
-def test_a_plan_with_an_unknown_or_missing_key_is_refused(plan):
+def test_a_plan_with_an_unknown_or_missing_key_is_refused(plan: PrivacyPlan) -> None:
     with pytest.raises(PrivacyError, match="privacy plan"):
         PrivacyPlan.from_dict({**plan.to_dict(), "trust": "me"})
     with pytest.raises(PrivacyError, match="privacy plan"):
         PrivacyPlan.from_dict({"mode": "dp"})
 
 
-def test_the_statement_names_every_term_of_the_promise(plan):
+def test_the_statement_names_every_term_of_the_promise(plan: PrivacyPlan) -> None:
     for term in (
         "ε = 4",
         "δ = 1e-05",
@@ -90,7 +91,7 @@ def test_the_statement_names_every_term_of_the_promise(plan):
     assert "not for release" in replace(plan, noise="seeded").statement
 
 
-def test_without_privacy_every_number_and_the_statement_say_so():
+def test_without_privacy_every_number_and_the_statement_say_so() -> None:
     plan = PrivacyPlan.off(sampling_rate=0.1, max_steps=3)
     plan.check()
     assert plan.epsilon == plan.forecast() == epsilon([plan.event(1)], 1e-5) == math.inf
@@ -98,33 +99,33 @@ def test_without_privacy_every_number_and_the_statement_say_so():
 
 
 @given(st.integers(2, 10**9))
-def test_the_default_delta_is_below_one_over_n_and_never_warns(units):
+def test_the_default_delta_is_below_one_over_n_and_never_warns(units: int) -> None:
     assert default_delta(units) < 1 / units
     assert delta_warning(default_delta(units), units) is None
 
 
-def test_a_delta_of_one_over_n_is_warned_about_with_the_reason():
+def test_a_delta_of_one_over_n_is_warned_about_with_the_reason() -> None:
     assert "publishes 1 of the records" in (delta_warning(0.001, 1000) or "")
     assert "publishes 10 of the records" in (delta_warning(0.01, 1000) or "")
 
 
 @pytest.mark.parametrize("units", [0, 1])
-def test_no_default_delta_exists_for_a_site_of_one(units):
+def test_no_default_delta_exists_for_a_site_of_one(units: int) -> None:
     with pytest.raises(PrivacyError, match="too-few-units"):
         default_delta(units)
 
 
 @given(st.integers(0, 10**12))
-def test_a_public_count_has_two_significant_digits_and_is_close(units):
+def test_a_public_count_has_two_significant_digits_and_is_close(units: int) -> None:
     shown = public_count(units)
     assert len(str(shown).rstrip("0")) <= 2
     assert abs(shown - units) <= 0.05 * units
 
 
-def test_one_record_rarely_changes_the_public_count():
+def test_one_record_rarely_changes_the_public_count() -> None:
     changes = sum(public_count(n) != public_count(n + 1) for n in range(1000, 10_000))
     assert changes == 90
 
 
-def test_the_denominator_uses_the_public_count(plan):
+def test_the_denominator_uses_the_public_count(plan: PrivacyPlan) -> None:
     assert plan.expected_batch(1234) == plan.expected_batch(1233) == pytest.approx(0.2 * 1200)

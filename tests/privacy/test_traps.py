@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,18 +23,20 @@ from fedtune.privacy.accounting import Event, epsilon
 from fedtune.privacy.clipping import ClippedSum, clip_and_sum
 from fedtune.privacy.engines import OpacusEngine
 from fedtune.privacy.noise import add_noise
-from fedtune.privacy.random import SeededSource
+from fedtune.privacy.random import RandomSource, SeededSource
+
+Step = Callable[[torch.Tensor, RandomSource], torch.Tensor]
 
 C = 1e-2
 WITHIN = C * (1 + 1e-6)
 
 
-def moved(sum_of, with_record, without):
+def moved(sum_of: Callable[[Any], torch.Tensor], with_record: Any, without: Any) -> float:
     """By how much one record moves a sum."""
     return float(torch.linalg.vector_norm((sum_of(with_record) - sum_of(without)).double()))
 
 
-def naive_opacus_rows(model, loss, reduction):
+def naive_opacus_rows(model: nn.Module, loss: Callable[[], torch.Tensor], reduction: str) -> torch.Tensor:
     """What Opacus' hooks alone give, without any of our checks."""
     hooks = GradSampleHooks(model, loss_reduction=reduction)
     with warnings.catch_warnings():
@@ -44,7 +48,7 @@ def naive_opacus_rows(model, loss, reduction):
     return torch.cat(rows, 1)
 
 
-def naive_clip(rows, norms):
+def naive_clip(rows: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     return (rows * (C / norms).clamp(max=1)[:, None]).sum(0)
 
 
@@ -52,25 +56,25 @@ def naive_clip(rows, norms):
 
 
 @pytest.fixture
-def uneven(tiny):
-    """Eight times the same short record, and a long one whose tokens outnumber theirs; with and without the long one."""
+def uneven(tiny: Callable[..., Any]) -> Any:
+    """Eight times the same short record and a long one that outnumbers their tokens; with and without the long one."""
     case = tiny("llama", lengths=(2, 2, 2, 2, 2, 2, 2, 2, 14))
     for tensor in case.batch.values():
         tensor[:8] = tensor[0]
     return case, case.batch, case.rows(*range(8))
 
 
-def test_one_record_moves_the_clipped_sum_by_at_most_the_clip_norm(uneven):
+def test_one_record_moves_the_clipped_sum_by_at_most_the_clip_norm(uneven: Any) -> None:
     case, batch, neighbour = uneven
     for clip_norm in (C, float(case.gradients(neighbour)[0].norm())):
         sums = [clip_and_sum(case.gradients(rows), clip_norm).total for rows in (batch, neighbour)]
         assert float((sums[0] - sums[1]).norm()) <= clip_norm * (1 + 1e-6)
 
 
-def test_control_one_record_moves_it_several_times_further_under_the_batch_mean_loss(uneven):
+def test_control_one_record_moves_it_several_times_further_under_the_batch_mean_loss(uneven: Any) -> None:
     case, batch, neighbour = uneven
 
-    def gradients(rows):
+    def gradients(rows: torch.Tensor) -> torch.Tensor:
         return naive_opacus_rows(case.model, lambda: case.model(**rows).loss, "mean")
 
     clip_norm = float(gradients(neighbour)[0].norm())
@@ -79,7 +83,9 @@ def test_control_one_record_moves_it_several_times_further_under_the_batch_mean_
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 @pytest.mark.parametrize("lengths", [(1, 1), (14, 1, 1, 1), (3, 3, 3), (1, 14)])
-def test_no_record_of_an_adversarial_batch_moves_the_sum_by_more(tiny, name, lengths):
+def test_no_record_of_an_adversarial_batch_moves_the_sum_by_more(
+    tiny: Callable[..., Any], name: str, lengths: Any
+) -> None:
     case = tiny(name, lengths=lengths)
     case.batch["labels"][-1] = 0  # one record repeats another's label, and in a language model trains on every position
     for left_out in range(case.records):
@@ -87,7 +93,7 @@ def test_no_record_of_an_adversarial_batch_moves_the_sum_by_more(tiny, name, len
         assert moved(lambda rows: clip_and_sum(case.gradients(rows), C).total, case.batch, neighbour) <= WITHIN
 
 
-def test_records_with_ignored_labels_contribute_nothing(tiny):
+def test_records_with_ignored_labels_contribute_nothing(tiny: Callable[..., Any]) -> None:
     case = tiny("gpt2", lengths=(4, 4))
     case.batch["labels"][1] = -100
     assert case.gradients(case.batch)[1].abs().sum() == 0
@@ -96,16 +102,16 @@ def test_records_with_ignored_labels_contribute_nothing(tiny):
 # --- a norm computed in bf16 ----------------------------------------------------------------------------------------
 
 
-def bf16_rows():
+def bf16_rows() -> torch.Tensor:
     torch.manual_seed(0)
     return torch.randn(64, 5000).bfloat16()
 
 
-def test_no_bfloat16_row_contributes_more_than_the_clip_norm():
+def test_no_bfloat16_row_contributes_more_than_the_clip_norm() -> None:
     assert max(float(clip_and_sum(row[None], C).total.norm()) for row in bf16_rows()) <= C
 
 
-def test_control_norms_in_bfloat16_let_rows_contribute_more():
+def test_control_norms_in_bfloat16_let_rows_contribute_more() -> None:
     rows = bf16_rows()
     assert max(float(naive_clip(row[None], row[None].norm(dim=1)).double().norm()) for row in rows) > 1.002 * C
 
@@ -113,7 +119,7 @@ def test_control_norms_in_bfloat16_let_rows_contribute_more():
 # --- a NaN record ---------------------------------------------------------------------------------------------------
 
 
-def test_a_nan_record_contributes_zero_and_is_counted(tiny):
+def test_a_nan_record_contributes_zero_and_is_counted(tiny: Callable[..., Any]) -> None:
     case = tiny("bert")
     clean = case.gradients(case.batch)
     overflow = torch.tensor([1.0, math.nan, 1.0, 1.0])
@@ -124,7 +130,7 @@ def test_a_nan_record_contributes_zero_and_is_counted(tiny):
     assert torch.allclose(result.total, clip_and_sum(clean[[0, 2, 3]], C).total, rtol=1e-9)
 
 
-def test_control_a_nan_record_poisons_a_plain_clipped_sum(tiny):
+def test_control_a_nan_record_poisons_a_plain_clipped_sum(tiny: Callable[..., Any]) -> None:
     case = tiny("bert")
     rows = case.gradients(case.batch)
     rows[1] = math.nan
@@ -135,15 +141,15 @@ def test_control_a_nan_record_poisons_a_plain_clipped_sum(tiny):
 
 
 class Flattening(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(4, 4, bias=False)
 
-    def forward(self, inputs):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.fc1(inputs.reshape(-1, 4)).reshape(inputs.shape)
 
 
-def test_control_flattened_tokens_are_each_clipped_as_a_record():
+def test_control_flattened_tokens_are_each_clipped_as_a_record() -> None:
     torch.manual_seed(0)
     model, inputs = Flattening(), torch.randn(1, 1, 4).expand(1, 9, 4).contiguous()
     rows = naive_opacus_rows(model, lambda: model(inputs).sum(), "sum")
@@ -151,7 +157,7 @@ def test_control_flattened_tokens_are_each_clipped_as_a_record():
     assert float(clip_and_sum(rows, C).total.norm()) > 8 * C
 
 
-def test_flattened_tokens_are_refused():
+def test_flattened_tokens_are_refused() -> None:
     model, inputs = Flattening(), torch.randn(1, 9, 4)
     with (
         OpacusEngine(model, list(model.named_parameters())) as engine,
@@ -163,7 +169,7 @@ def test_flattened_tokens_are_refused():
 # --- an empty Poisson batch -----------------------------------------------------------------------------------------
 
 
-def test_an_empty_batch_skips_the_model_and_is_still_noised_and_accounted(tiny):
+def test_an_empty_batch_skips_the_model_and_is_still_noised_and_accounted(tiny: Callable[..., Any]) -> None:
     case = tiny("llama")
     with OpacusEngine(case.model, case.parameters) as engine:
         rows = engine.per_sample_gradients(lambda: pytest.fail("the model ran"), 0)
@@ -175,12 +181,12 @@ def test_an_empty_batch_skips_the_model_and_is_still_noised_and_accounted(tiny):
 # --- an ε of a rate that did not run --------------------------------------------------------------------------------
 
 
-def test_shuffled_epochs_cannot_be_accounted_as_poisson():
+def test_shuffled_epochs_cannot_be_accounted_as_poisson() -> None:
     with pytest.raises(PrivacyError, match="sampler"):
         Event(1.0, 0.01, 1000, C, sampler="shuffle")
 
 
-def test_control_the_difference_would_have_been_large():
+def test_control_the_difference_would_have_been_large() -> None:
     poisson, unamplified = epsilon([Event(1.0, 0.01, 1000, C)], 1e-5), epsilon([Event(1.0, 1.0, 10, C)], 1e-5)
     assert (poisson, unamplified) == (pytest.approx(1.83, abs=0.01), pytest.approx(17.86, abs=0.01))
 
@@ -190,40 +196,40 @@ def test_control_the_difference_would_have_been_large():
 SIZE, SIGMA, EXPECTED = 20_000, 1.5, 4.0
 
 
-def our_step(rows, source):
+def our_step(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
     return add_noise(clip_and_sum(rows, C), SIGMA, source, EXPECTED).mean
 
 
-def noisy(total, source, sigma=SIGMA, denominator=EXPECTED):
+def noisy(total: Any, source: RandomSource, sigma: float = SIGMA, denominator: float = EXPECTED) -> torch.Tensor:
     return add_noise(ClippedSum(total, C, 0, 0, 0), sigma, source, denominator).mean
 
 
-def without_clipping(rows, source):
+def without_clipping(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
     return noisy(rows.double().sum(0), source)
 
 
-def clip_after_averaging(rows, source):
+def clip_after_averaging(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
     mean = rows.double().mean(0, keepdim=True)
     return noisy(clip_and_sum(mean, C).total * len(rows), source)
 
 
-def half_the_noise(rows, source):
+def half_the_noise(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
     return noisy(clip_and_sum(rows, C).total, source, sigma=SIGMA / 2)
 
 
-def drawn_batch_denominator(rows, source):
+def drawn_batch_denominator(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
     return noisy(clip_and_sum(rows, C).total, source, denominator=float(len(rows)))
 
 
-def reused_seed(rows, source):
+def reused_seed(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
     return our_step(rows, SeededSource("always the same"))
 
 
-def one_record_twice(rows, source):
+def one_record_twice(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
     return our_step(torch.cat([rows, rows[-1:]]), source)
 
 
-def sensitivity_holds(step):
+def sensitivity_holds(step: Step) -> bool:
     """With equal noise, one more record moves the released mean by at most C / expected batch."""
     torch.manual_seed(0)
     short = torch.randn(5, SIZE) * 1e-5
@@ -234,7 +240,7 @@ def sensitivity_holds(step):
     return True
 
 
-def noise_is_right(step):
+def noise_is_right(step: Step) -> bool:
     """The step on no signal is Gaussian of the promised deviation, and the next step's noise is another."""
     source, silence = SeededSource("n"), torch.zeros(4, SIZE)
     first, second = step(silence, source), step(silence, source)
@@ -242,7 +248,7 @@ def noise_is_right(step):
     return kstest(scaled, "norm").pvalue > 1e-6 and abs(np.corrcoef(first, second)[0, 1]) < 6 / math.sqrt(SIZE)
 
 
-def test_our_step_passes_both_checks():
+def test_our_step_passes_both_checks() -> None:
     assert sensitivity_holds(our_step)
     assert noise_is_right(our_step)
 
@@ -258,16 +264,16 @@ def test_our_step_passes_both_checks():
     ],
     ids=lambda item: item.__name__,
 )
-def test_a_planted_bug_is_caught(bug, check):
+def test_a_planted_bug_is_caught(bug: Step, check: Callable[[Step], bool]) -> None:
     assert not check(bug)
 
 
-def test_the_planted_batch_size_denominator_is_caught():
+def test_the_planted_batch_size_denominator_is_caught() -> None:
     """Dividing by the drawn size rescales even the noise with every record."""
     assert not sensitivity_holds(drawn_batch_denominator)
 
 
-def test_a_logical_batch_in_pieces_counts_every_record_once():
+def test_a_logical_batch_in_pieces_counts_every_record_once() -> None:
     torch.manual_seed(0)
     rows, drawn = torch.randn(40, 7), PoissonSampler(40, 0.5).draw(SeededSource("pieces"))
     lengths = torch.randint(1, 30, (40,)).numpy()

@@ -1,0 +1,1 @@
+"""Measurements that the documentation quotes; each subpackage is one command, `python -m benchmarks.NAME`."""

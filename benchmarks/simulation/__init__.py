@@ -1,0 +1,1 @@
+"""What the simulation itself costs, beside the training that it runs."""

@@ -1,0 +1,47 @@
+"""A site that trains nothing: it returns the adapter it was sent, moved by a constant, as a valid update of its plan.
+
+What is left when every site answers like this is the cost of the simulation itself: messages, checks, mean, server
+step, checkpoint. Module-level, so that Ray's workers find it by name.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.aggregation.algorithms import get_algorithm
+from fedtune.config.plan import PLAN_KEY, StudyPlan
+from fedtune.flower.messages import Description, Update, decode_instruction, encode_reply
+
+app = ClientApp()
+_STEP = np.float32(1e-3)
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Answer with a name and a count."""
+    plan = _plan(str(context.run_config[PLAN_KEY]))
+    return Message(encode_reply(Description(plan.sha256, _name(context), 100, "0" * 64, ())), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer with the adapter moved by a constant, and the events that so many rounds cost."""
+    plan = _plan(str(context.run_config[PLAN_KEY]))
+    instruction = decode_instruction(message.content, plan.sha256)
+    frozen = () if get_algorithm(plan.aggregation.algorithm).trains_a else (".lora_A.weight",)
+    state = {name: array + _STEP for name, array in instruction.adapter.items() if not name.endswith(frozen or "/")}
+    events = (plan.promise.event(instruction.round * plan.training.local_steps),) if plan.promise.mode == "dp" else ()
+    return Message(encode_reply(Update(plan.sha256, _name(context), instruction.round, state, events)), reply_to=message)
+
+
+@lru_cache(maxsize=1)
+def _plan(text: str) -> StudyPlan:
+    return StudyPlan.from_json(text)
+
+
+def _name(context: Context) -> str:
+    return f"site-{context.node_config['partition-id']:0>6}"
