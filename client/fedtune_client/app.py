@@ -6,12 +6,15 @@ It runs the plan it was given and nothing else. Whatever goes wrong leaves the s
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.aggregation.algorithms import get_algorithm
+from fedtune.aggregation.algorithms import Algorithm, get_algorithm
+from fedtune.aggregation.validation import validate
+from fedtune.errors import MessageError, PrivacyError
 from fedtune.flower.messages import (
     Description,
     Evaluation,
@@ -66,9 +69,11 @@ def _describe(site: Site, _instruction: Instruction) -> Answer:
 
 def _train(site: Site, instruction: Instruction) -> Answer:
     plan, number = site.plan, instruction.round
-    site.spending.reserve(number, event_of_round(plan))
-    assignment = Assignment(site.data.name, number, instruction.adapter, site.memory.before(number))
-    algorithm = get_algorithm(plan.aggregation.algorithm)
+    if not 1 <= number <= plan.federation.rounds:
+        raise MessageError("wrong-round", f"round {number} is not one of the plan's {plan.federation.rounds}")
+    algorithm = _checked(site, instruction)
+    reserved = site.spending.reserve(number, event_of_round(plan)).event
+    assignment = Assignment(site.data.name, number, instruction.adapter, reserved, site.memory.before(number))
     layouts = algorithm.trained(site.workspace.layout), algorithm.upload(site.workspace.layout)
     result = train_round(plan, site.workspace, site.data.train, assignment, layouts)
     site.memory.keep(number, result.optimizer_state)
@@ -76,6 +81,17 @@ def _train(site: Site, instruction: Instruction) -> Answer:
 
 
 def _evaluate(site: Site, instruction: Instruction) -> Answer:
+    if site.plan.evaluation.site_metrics == "off":
+        raise PrivacyError("metrics-off", "the plan keeps held-out metrics at the site")
+    _checked(site, instruction)
     size = site.plan.evaluation.batch_size
     tally = evaluate(site.workspace, instruction.adapter, site.data.held_out, size)
     return Evaluation(site.plan.sha256, site.data.name, instruction.round, tally.to_arrays())
+
+
+def _checked(site: Site, instruction: Instruction) -> Algorithm:
+    """Refuse an adapter that is not exactly what the plan's algorithm sends down; a frozen A is never taken from it."""
+    algorithm = get_algorithm(site.plan.aggregation.algorithm)
+    layout = algorithm.download(site.workspace.layout)
+    validate(instruction.adapter, layout, max_norm=math.inf, reference=site.workspace.initial)
+    return algorithm

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from fedtune.run.files import write_whole
+from fedtune.run.files import make_folder, write_whole
 
 _KEPT = 3
 
@@ -34,7 +34,7 @@ class OptimizerMemory:
         """Keep the state that round `number` ended with."""
         if not state:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         write_whole(self.folder / f"optimizer-{number:06d}.safetensors", save(dict(state)))
         for old in self._all()[:-_KEPT]:
             old.unlink()

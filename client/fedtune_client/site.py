@@ -9,7 +9,7 @@ from flwr.app import Context
 
 from fedtune.config.machine import Machine, current
 from fedtune.config.plan import PLAN_KEY, StudyPlan
-from fedtune.errors import MessageError
+from fedtune.errors import MessageError, PrivacyError
 from fedtune.model.workspace import Workspace
 from fedtune.privacy.plan import public_count
 from fedtune.simulation.sites import SiteData, dealt
@@ -49,7 +49,14 @@ def open_site(context: Context) -> Site:
 
 @lru_cache(maxsize=4)
 def _plan(text: str) -> StudyPlan:
-    return StudyPlan.from_json(text)
+    """Read a plan, and keep none whose noise does not keep its promise over all its steps, whoever wrote it."""
+    plan = StudyPlan.from_json(text)
+    plan.promise.check()
+    if plan.total_steps > plan.promise.max_steps:
+        raise PrivacyError(
+            "overspends", f"the plan takes {plan.total_steps} steps, its promise covers {plan.promise.max_steps}"
+        )
+    return plan
 
 
 def _site_data(plan_json: str, machine: Machine, index: int) -> SiteData:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fedtune.errors import PrivacyError, RunError
 from fedtune.privacy.accounting import Event, merge
-from fedtune.run.files import append_line, cut_torn_line, read_lines
+from fedtune.run.files import append_line, cut_torn_line, make_folder, read_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +33,26 @@ class SpendingLog:
     def reserve(self, number: int, event: Event | None) -> Reservation:
         """Write the round's whole cost, flushed to disk, before training; without privacy there is nothing to write."""
         if event is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
+            self.spent()  # a log that cannot be read is not one to add to
             cut_torn_line(self.path)
             append_line(self.path, json.dumps({"round": number, "event": event.to_dict()}, sort_keys=True))
         return Reservation(number, event)
 
     def spent(self) -> tuple[Event, ...]:
-        """Return all events, merged."""
-        charged: dict[tuple[int, int], Event] = {}
+        """Return all events, merged.
+
+        Error: `run.damaged` when a line before the last is not what `reserve` wrote.
+        """
+        charged = set()
         for attempt, line in enumerate(read_lines(self.path)):
-            event = Event.from_dict(line["event"])
-            charged[line["round"], 0 if event.noise == "seeded" else attempt] = event
-        return merge(charged.values())
+            number, event = self._entry(line)
+            charged.add((number, event, 0 if event.noise == "seeded" else attempt))
+        return merge(event for _, event, _ in charged)
+
+    def _entry(self, line: Any) -> tuple[int, Event]:
+        try:
+            return int(line["round"]), Event.from_dict(line["event"])
+        except (KeyError, TypeError, ValueError, PrivacyError) as error:
+            hint = "restore it from a backup"
+            raise RunError("damaged", f"{self.path} holds a line that is not a round's event", hint=hint) from error

@@ -28,9 +28,12 @@ def evaluate(
     finished = FinishedRun(run)
     metrics = finished.metrics(data)
     if output is OutputFormat.json:
-        click.echo(json.dumps({"run": str(run), "data": data, "metrics": metrics}))
+        privacy = {"mode": finished.plan.promise.mode, "statement": finished.statement}
+        click.echo(
+            json.dumps({"run": str(run), "data": data, "metrics": metrics, "privacy": privacy}, ensure_ascii=False)
+        )
         return
     console = screen()
-    console.print(f"{finished.plan.promise.statement}", markup=False)
+    console.print(finished.statement, markup=False)
     for name, value in metrics.items():
         console.print(f"{name:<16} {value:.4f}")

@@ -1,6 +1,7 @@
 """`fedtune plan`: what a study would do and cost, without doing it."""
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -42,7 +43,8 @@ def plan(
     console.print(_sites_table(resolved))
     for warning in resolved.warnings:
         console.print(f"warning: {warning}", markup=False)
-    console.print(f"run it: fedtune simulate {' '.join(overrides or [])}".rstrip(), markup=False)
+    chosen = [*(["--config", str(config)] if config is not None else []), *(overrides or [])]
+    console.print(f"run it: {shlex.join(['fedtune', 'simulate', *chosen])}", markup=False, soft_wrap=True)
 
 
 def _document(resolved: "Resolved") -> dict[str, Any]:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from fedtune.commands.options import Verbose
@@ -27,5 +28,8 @@ def predict(
     quiet_libraries(verbose=verbose)
     from fedtune.simulation.finished import FinishedRun
 
-    for prediction in FinishedRun(run).predictions(data):
+    finished = FinishedRun(run)
+    if finished.plan.promise.mode == "off":
+        click.echo(finished.statement, err=True)
+    for prediction in finished.predictions(data):
         sys.stdout.write(json.dumps(prediction, ensure_ascii=False) + "\n")

@@ -10,6 +10,7 @@ import typer
 
 from fedtune.commands.options import ConfigFile, Format, OutputFormat, Overrides, Verbose
 from fedtune.commands.screen import quiet_libraries, screen
+from fedtune.errors import ConfigError
 
 app = typer.Typer(help="Fine-tune one model across simulated private sites.")
 
@@ -51,6 +52,7 @@ def _simulated(
     composed = [compose(variant, config) for variant in variants]
     if len(variants) > 1:
         for settings in composed:
+            _refuse_one_folder(settings.run.dir)
             resolve(settings)
     results = []
     for number, (variant, settings) in enumerate(zip(variants, composed, strict=True), start=1):
@@ -60,6 +62,12 @@ def _simulated(
         _warn(study.warnings, output)
         results.append((variant, run_study(study.plan, study.machine, _progress(output))))
     return results
+
+
+def _refuse_one_folder(run_dir: str | None) -> None:
+    if run_dir is not None:
+        message = f"run.dir={run_dir} names one run folder, and a sweep makes several"
+        raise ConfigError("one-folder", message, hint=f"run.root={run_dir} gives each run a folder of its own in it")
 
 
 def _resumed(path: Path, overrides: list[str], config: Path | None, output: OutputFormat) -> dict[str, Any]:

@@ -37,10 +37,6 @@ class Machine(Section):
         """The run folder."""
         return Path(self.run_dir)
 
-    def save(self, path: Path) -> None:
-        """Write the facts as JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
     @classmethod
     def load(cls, path: Path) -> Machine:
         """Read the facts of a run folder."""

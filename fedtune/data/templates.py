@@ -73,8 +73,8 @@ def render_all(records: Sequence[Record], tokenizer: Any, task: Task, max_tokens
     Classification: the text within the tokenizer's special tokens; the end of a long text is cut.
 
     Causal language modelling: beginning-of-sequence (where the tokenizer adds one by itself), the segments,
-    end-of-sequence (where there is one; a chat template writes its own). The tokens before a trained segment are
-    those of the text before it alone, which is what generation starts from: the boundary never runs through a token.
+    end-of-sequence (where there is one; a chat template writes its own). No token runs across the start of a trained
+    segment, and the tokens before the first one are those of the prompt alone, which is what generation starts from.
     Too long, the prompt loses tokens from its left until it fills what the completion leaves free, or half of the
     room if the completion leaves less; then the completion loses its end. So a cut completion keeps its start and
     does not learn to stop there, and every record with a trained token keeps one.

@@ -21,7 +21,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.d
 
 def to_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
     """Encode arrays under their names, in sorted order, so that equal content has equal bytes."""
-    return ArrayRecord({name: _encode(arrays[name]) for name in sorted(arrays)})
+    record = ArrayRecord()
+    for name in sorted(arrays):
+        record[name] = _encode(arrays[name])  # its constructor would build every array twice
+    return record
 
 
 def from_record(record: ArrayRecord) -> dict[str, NDArray[Any]]:
@@ -35,7 +38,7 @@ def payload_bytes(record: ArrayRecord) -> int:
 
 
 def _encode(value: NDArray[Any]) -> Array:
-    kind = str(value.dtype)
+    kind = value.dtype.name
     little = np.ascontiguousarray(value, dtype=_DTYPES[kind])
     return Array(kind, tuple(value.shape), SERIALISATION, little.tobytes())
 

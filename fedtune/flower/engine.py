@@ -6,18 +6,44 @@ Both take the study plan as one string in the run configuration, as a real feder
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, FederationError
 from fedtune.flower.grid import InProcessGrid
 
 BACKENDS = ("inprocess", "ray")
+
+# Set when Flower's engine has died under a running ServerApp, which would otherwise wait for replies until its deadline.
+engine_died = threading.Event()
+
+_APP = """\
+[project]
+name = "fedtune-study"
+version = "1.0.0"
+description = "a study plan"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "fedtune"
+
+[tool.flwr.app.components]
+serverapp = "fedtune_server.app:app"
+clientapp = "fedtune_client.app:app"
+
+[tool.flwr.app.config]
+{entries}
+"""
 
 
 def run(
@@ -57,21 +83,36 @@ def _run_on_ray(server: ServerApp, client: ClientApp, nodes: int, run_config: Ma
     run_record = Run.create_empty(run_id=1)
     run_record.primary_task_id = 1
     run_record.federation_id = NOOP_FEDERATION_ID
-    run_record.override_config = dict(run_config)
     _set_task_identity(run_id=1)
-    _run_simulation(
-        num_supernodes=nodes,
-        exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
-        client_app=client,
-        server_app=server,
-        backend_name="ray",
-        backend_config={
-            "client_resources": {"num_cpus": 1},
-            "init_args": {"num_cpus": workers, "logging_level": "ERROR"},
-        },
-        server_app_context=Context(1, 0, {}, RecordDict(), dict(run_config)),
-        run=run_record,
-    )
+    engine_died.clear()
+    with TemporaryDirectory() as app_dir, _watched():
+        _write_app(Path(app_dir), run_config)
+        _run_simulation(
+            num_supernodes=nodes,
+            exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
+            client_app=client,
+            server_app=server,
+            backend_name="ray",
+            backend_config={
+                "client_resources": {"num_cpus": 1},
+                "init_args": {"num_cpus": workers, "logging_level": "ERROR"},
+            },
+            server_app_context=Context(1, 0, {}, RecordDict(), dict(run_config)),
+            run=run_record,
+            app_dir=app_dir,
+            is_app=True,
+        )
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        engine_died.set()
+        raise FederationError(
+            "engine", f"Flower's Ray engine stopped: {error}", hint="run.backend=inprocess, or --verbose to see why"
+        ) from error
 
 
 def _set_task_identity(run_id: int) -> None:
@@ -79,3 +120,9 @@ def _set_task_identity(run_id: int) -> None:
     from flwr.supercore.task_identity import TaskIdentity
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SUPERLINK_NODE_ID
+
+
+def _write_app(folder: Path, run_config: Mapping[str, str]) -> None:
+    """Write the one file from which Flower's engine takes the sites' run configuration: data, no code."""
+    entries = "\n".join(f"{key} = {json.dumps(value)}" for key, value in run_config.items())
+    (folder / "pyproject.toml").write_text(_APP.format(entries=entries), encoding="utf-8")

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Array, Context, Error, Message, RecordDict
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
@@ -109,9 +109,9 @@ class InProcessGrid(Grid):
         context = self._contexts[message.metadata.dst_node_id]
         try:
             reply = self._app(_private_copy(message), context)
+            reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
         except Exception:  # noqa: BLE001 - whatever a site raises leaves it as a code, as in Flower's own runtimes
             reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "site.internal"), reply_to=message)
-        reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
         return None if _expired(message) else reply
 
 
@@ -132,4 +132,8 @@ def _private_copy(message: Message) -> Message:
 
 
 def _copied(record: Any) -> Any:
-    return type(record)(dict(record))
+    private = record.copy()
+    for name, value in record.items():
+        if isinstance(value, (Array, list)):
+            private[name] = copy.copy(value)
+    return private

@@ -145,9 +145,14 @@ def refusal_of(error: Exception) -> Refusal:
 
 
 def content_bytes(content: RecordDict) -> int:
-    """Return the payload bytes of a message: its arrays and the text of its header."""
-    header = sum(len(str(key)) + len(str(value)) for key, value in content.config_records[_HEADER].items())
-    return header + sum(payload_bytes(record) for record in content.array_records.values())
+    """Return the payload bytes of any message: its arrays and the text of its other records."""
+    size = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            size += payload_bytes(record)
+        else:
+            size += sum(len(str(key)) + len(str(value)) for key, value in record.items())
+    return size
 
 
 def _header(kind: str, plan_sha256: str, **fields: str | int) -> ConfigRecord:

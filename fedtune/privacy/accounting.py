@@ -62,7 +62,10 @@ class Event:
         """Return the event; an unknown or missing key is an error, because a guessed event is a wrong ε."""
         if set(values) != {field.name for field in fields(cls)}:
             raise PrivacyError("event", f"an accounting event has the keys {sorted(values)}, which are not an event's.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise PrivacyError("event", "an accounting event holds a value of the wrong type.") from error
 
 
 def _require(holds: bool, name: str, event: Event) -> None:

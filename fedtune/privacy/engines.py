@@ -7,7 +7,8 @@ nothing of clipping, noise or sampling, and trusts no layer: a gradient that is 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -36,7 +37,10 @@ class PerSampleEngine(Protocol):
 
 
 def summed_gradient(parameters: Parameters, batch_losses: BatchLosses, records: int) -> Tensor:
-    """Return Σ_i ∇loss_i (P,) in float32 (float64 for a float64 model), for `privacy.mode=off` only: nothing bounds one record in it."""
+    """Return Σ_i ∇loss_i (P,) in float32 (float64 for a float64 model).
+
+    For `privacy.mode=off` only: nothing bounds one record in it.
+    """
     tensors = [tensor for _, tensor in parameters]
     gradients: tuple[Tensor | None, ...] = (None,) * len(tensors)
     if records:
@@ -49,7 +53,7 @@ def summed_gradient(parameters: Parameters, batch_losses: BatchLosses, records: 
 
 
 def _precision(parameters: Parameters) -> torch.dtype:
-    """The type that holds every parameter's gradient."""
+    """Return the type that holds every parameter's gradient."""
     return reduce(torch.promote_types, (tensor.dtype for _, tensor in parameters))
 
 
@@ -98,7 +102,7 @@ class OpacusEngine:
 
         No records: (0, P), and the forward pass does not run. A parameter that took no part has zero rows. `.grad` of
         the parameters is None afterwards, also after an error. Raises PrivacyError where the losses or a layer's
-        gradients are not one for each record: layers that flatten tokens into the batch are named.
+        inputs are not one for each record; the layer is named.
         """
         sizes = [tensor.numel() for _, tensor in self._parameters]
         device = self._parameters[0][1].device
@@ -106,49 +110,63 @@ class OpacusEngine:
         if not records:
             return rows
         try:
-            self._backward(batch_losses, records)
+            with self._recording(), torch.enable_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                losses = _checked(batch_losses(), records)
+                self._check_inputs(records)
+                losses.sum().backward()
             for (name, tensor), out in zip(self._parameters, rows.split(sizes, dim=1), strict=True):
                 self._move(name, tensor, out)
             return rows
         finally:
             self._reset()
 
-    def _backward(self, batch_losses: BatchLosses, records: int) -> None:
-        # Opacus records activations in training mode only. The hooked layers behave alike in both modes, the rest of
-        # the model keeps its own, so dropout stays as the caller set it.
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Let Opacus see the pass: it records in training mode only.
+
+        The hooked layers behave alike in both modes, and no other layer is touched, so dropout stays as it was set.
+        """
         modes = [(layer, layer.training) for layer in self._owners.values()]
         self._hooks.enable_hooks()
         try:
             for layer, _ in modes:
                 layer.training = True
-            with torch.enable_grad(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Full backward hook is firing")
-                _checked(batch_losses(), records).sum().backward()
+            yield
         finally:
             self._hooks.disable_hooks()
             for layer, mode in modes:
                 layer.training = mode
 
+    def _check_inputs(self, records: int) -> None:
+        """Every use of a layer must see one row a record.
+
+        More rows are tokens, each of which would be clipped as a record. One row for all (the shared position
+        embeddings of DeBERTa) would be worse: Opacus books the gradient of all records on the first.
+        """
+        for name, layer in self._owners.items():
+            for inputs in layer.__dict__.get("activations", ()):
+                if len(inputs[0]) != records:
+                    raise PrivacyError(
+                        "flattened-records",
+                        f"the layer {name} sees {len(inputs[0])} rows for {records} records: it flattens tokens into "
+                        "the batch or is shared by the records, so there is no gradient for each record.",
+                        hint="Choose other lora.targets, or a base model whose layers keep the batch dimension.",
+                    )
+
     @staticmethod
     def _move(name: str, tensor: Any, out: Tensor) -> None:
         """Move one parameter's gradients into its columns of zeros, freeing them; leave the zeros if it has none."""
-        found, tensor.grad_sample, records = tensor.grad_sample, None, len(out)
+        found, tensor.grad_sample = tensor.grad_sample, None
         if found is None and tensor.grad is None:
             return
-        if not isinstance(found, Tensor):
+        if not isinstance(found, Tensor) or found.shape != (len(out), *tensor.shape):
             raise PrivacyError(
                 "no-per-record-gradient",
-                f"the layer of {name} has a gradient but no per-record gradients.",
+                f"the layer of {name} has a gradient, but not one for each record.",
                 hint="Turn gradient checkpointing off, and let the layer run as a module, not by its weight.",
             )
-        if found.shape != (records, *tensor.shape):
-            raise PrivacyError(
-                "flattened-records",
-                f"the layer of {name} sees {found.shape[0]} rows for {records} records: it flattens tokens into the "
-                "batch, and each token would be clipped as a record.",
-                hint="Choose other lora.targets, or a base model whose layers keep the batch dimension.",
-            )
-        out.copy_(found.reshape(records, -1))
+        out.copy_(found.reshape(out.shape))
 
     def _reset(self) -> None:
         """Forget this pass, also one that an error interrupted, so that it cannot leak into the next."""
@@ -179,7 +197,8 @@ def _owners(model: nn.Module, parameters: Parameters) -> dict[str, nn.Module]:
                 hint="Freeze it, or choose other lora.targets.",
             )
         owners[name] = layer
-    missing = [name for name, tensor in parameters if not tensor.requires_grad]
+    trained = {id(tensor) for layer in owners.values() for tensor in layer.parameters(recurse=False)}
+    missing = [name for name, tensor in parameters if id(tensor) not in trained or not tensor.requires_grad]
     if missing or not owners:
-        raise PrivacyError("frozen", f"nothing trains {', '.join(missing) or 'in this model'}.")
+        raise PrivacyError("frozen", f"nothing in this model trains {', '.join(missing) or 'at all'}.")
     return owners

@@ -43,6 +43,16 @@ class PrivacyPlan:
     accountant: AccountantName = "pld"
     noise: NoiseName = "seeded"
 
+    def __post_init__(self) -> None:
+        promised = self.mode == "dp" and self.epsilon >= 0 and 0 < self.delta < 1 and self.noise_multiplier > 0
+        if not (promised or (self.mode == "off" and math.isinf(self.epsilon))):
+            raise PrivacyError(
+                "plan",
+                f"no plan of mode {self.mode!r} has ε = {self.epsilon}, δ = {self.delta} and the noise multiplier "
+                f"{self.noise_multiplier}.",
+            )
+        self.event(self.max_steps)  # which checks its own terms
+
     @classmethod
     def calibrated(  # noqa: PLR0913 - these are the terms of the promise, by keyword
         cls,
@@ -119,7 +129,6 @@ class PrivacyPlan:
 
     def check(self) -> None:
         """Refuse a plan whose noise does not keep its ε, whoever wrote it."""
-        self.event(self.max_steps)
         if self.mode == "off":
             return
         forecast = self.forecast()
@@ -155,10 +164,13 @@ class PrivacyPlan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivacyPlan:
-        """Return the plan; an unknown or missing key is an error."""
+        """Return the plan; an unknown or missing key, or a value of another type, is an error."""
         if set(values) != {field.name for field in fields(cls)}:
             raise PrivacyError("plan", f"a privacy plan has the keys {sorted(values)}, which are not a plan's.")
-        return cls(**{**values, "epsilon": math.inf if values["epsilon"] is None else values["epsilon"]})
+        try:
+            return cls(**{**values, "epsilon": math.inf if values["epsilon"] is None else values["epsilon"]})
+        except TypeError as error:
+            raise PrivacyError("plan", "a privacy plan holds a value of the wrong type.") from error
 
 
 def default_delta(units: int) -> float:

@@ -75,7 +75,7 @@ class SeededSource:
             raise PrivacyError("unnamed-stream", "a seeded source was asked for without a seed.")
         digest = hashlib.sha256()
         for word in words:
-            text = f"{type(word).__name__}:{word}".encode()
+            text = (f"str:{word}" if isinstance(word, str) else f"int:{int(word)}").encode()
             digest.update(len(text).to_bytes(8, "big") + text)
         self._bits = np.random.PCG64DXSM(np.random.SeedSequence(int.from_bytes(digest.digest(), "big")))
 

@@ -37,11 +37,7 @@ def save_adapter(
     full = {**workspace.initial, **adapter}
     _refuse_dead(workspace, full)
     workspace.load(full)
-    with disk_errors(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folder.mkdir(parents=True, exist_ok=True)
-        workspace.peft.peft_config["default"].base_model_name_or_path = plan.model.name
-        workspace.peft.save_pretrained(str(folder))
+    _save_peft(folder, workspace, plan.model.name)
     if head := {name: full[name] for name in workspace.layout.names if name.startswith("head.")}:
         write_whole(folder / HEAD_FILE, save(head))
     write_whole(folder / ABOUT_FILE, (json.dumps(_about(plan), indent=2, ensure_ascii=False) + "\n").encode())
@@ -58,6 +54,19 @@ def load_adapter(folder: Path) -> AdapterState:
     except (OSError, SafetensorError) as error:
         hint = "finish the study first: fedtune simulate --resume RUN"
         raise RunError("no-adapter", f"{folder} holds no released adapter", hint=hint) from error
+
+
+def _save_peft(folder: Path, workspace: Workspace, base: str) -> None:
+    """Write PEFT's own two files; its default would ask the Hub about the base's vocabulary."""
+    with disk_errors(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder.mkdir(parents=True, exist_ok=True)
+        workspace.peft.peft_config["default"].base_model_name_or_path = base
+        try:
+            workspace.peft.save_pretrained(str(folder), save_embedding_layers=False)
+        except SafetensorError as error:
+            hint = "free some space, then continue with fedtune simulate --resume RUN"
+            raise RunError("not-written", f"{folder / WEIGHTS_FILE} cannot be written ({error})", hint=hint) from error
 
 
 def _about(plan: StudyPlan) -> dict[str, Any]:

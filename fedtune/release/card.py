@@ -41,7 +41,7 @@ def _first_words(plan: StudyPlan, summary: dict[str, Any]) -> str:
         note = "\n\n**Not for release:** the noise came from a seeded generator, as in a study."
     return (
         f"Trained by {len(summary['sites'])} sites in {plan.federation.rounds} rounds with fedtune; "
-        f"no record left its site.\n\n**Privacy:** {plan.promise.statement}{note}"
+        f"no record left its site.\n\n**Privacy:** {summary['privacy']['statement']}{note}"
     )
 
 

@@ -27,6 +27,12 @@ def write_whole(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, unless it is there."""
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def append_line(path: Path, line: str, *, durable: bool = True) -> None:
     """Append one line; with `durable` it is on disk when this returns."""
     with disk_errors(path):
@@ -75,8 +81,5 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             hint = "free some space, then continue with fedtune simulate --resume RUN"
             raise RunError("disk-full", f"no space left to write {path}", hint=hint) from error
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
-            raise RunError(
-                "unwritable", f"{path} cannot be written ({error.strerror})", hint="run.dir=FOLDER"
-            ) from error
-        raise
+        hint = "choose another run folder with run.dir=FOLDER, or mend this one"
+        raise RunError("unwritable", f"{path} cannot be written ({error.strerror or error})", hint=hint) from error

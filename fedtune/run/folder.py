@@ -11,7 +11,9 @@ from typing import Any
 from fedtune.config.machine import Machine
 from fedtune.config.plan import StudyPlan
 from fedtune.errors import RunError
-from fedtune.run.files import append_line, disk_errors, write_whole
+from fedtune.run.files import append_line, disk_errors, read_lines, write_whole
+
+_BEFORE_PLAN = {"machine.json", "checkpoints", "sites"}  # what is made before plan.json says that there is a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,32 +73,53 @@ class RunFolder:
         """Read the result, or None while the study has not ended."""
         return json.loads(self.summary_file.read_text(encoding="utf-8")) if self.summary_file.exists() else None
 
+    def save_machine(self, machine: Machine) -> None:
+        """Write the machine facts."""
+        write_whole(self.machine_file, (machine.model_dump_json(indent=2) + "\n").encode())
+
     def log_metrics(self, line: dict[str, Any]) -> None:
         """Append one round to `metrics.jsonl`."""
-        append_line(self.metrics_file, json.dumps(line, sort_keys=True), durable=False)
+        append_line(self.metrics_file, json.dumps(line, sort_keys=True))
+
+    def rewind_metrics(self, last: int) -> None:
+        """Drop the lines of rounds after `last` and a torn one: these rounds are run again."""
+        if self.metrics_file.exists():
+            kept = [json.dumps(line, sort_keys=True) for line in read_lines(self.metrics_file) if line["round"] <= last]
+            write_whole(self.metrics_file, "".join(f"{line}\n" for line in kept).encode())
 
     def _read(self, path: Path) -> str:
         try:
             return path.read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise RunError(
                 "no-run", f"{self.path} is not a run folder ({path.name} cannot be read)", hint="ls runs"
             ) from error
 
 
 def create(plan: StudyPlan, machine: Machine) -> RunFolder:
-    """Make a run folder and write what is run; an existing folder with anything in it is refused."""
+    """Make a run folder and write what is run, the plan last; an existing folder with anything in it is refused.
+
+    Only what a `create` that was stopped before its plan has left behind is taken over.
+    """
     folder = RunFolder(machine.run)
     with disk_errors(folder.path):
         folder.path.mkdir(parents=True, exist_ok=True)
-        if any(folder.path.iterdir()):
-            hint = f"choose another run.dir, or continue it: fedtune simulate --resume {folder.path}"
-            raise RunError("exists", f"{folder.path} already holds a run", hint=hint)
-        folder.checkpoints.mkdir()
-        folder.sites.mkdir()
-        machine.save(folder.machine_file)
+        _refuse_used(folder)
+        folder.checkpoints.mkdir(exist_ok=True)
+        folder.sites.mkdir(exist_ok=True)
+    folder.save_machine(machine)
     write_whole(folder.plan_file, plan.json_text.encode())
     return folder
+
+
+def _refuse_used(folder: RunFolder) -> None:
+    found = {path.name for path in folder.path.iterdir() if not path.name.endswith(".partial")}
+    if folder.plan_file.name in found:
+        hint = f"choose another run.dir, or continue it: fedtune simulate --resume {folder.path}"
+        raise RunError("exists", f"{folder.path} already holds a run", hint=hint)
+    if found - _BEFORE_PLAN:
+        named = ", ".join(sorted(found - _BEFORE_PLAN)[:3])
+        raise RunError("exists", f"{folder.path} already holds other things ({named})", hint="choose another run.dir")
 
 
 def default_path(root: str, study: str) -> Path:

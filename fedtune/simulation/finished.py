@@ -30,10 +30,16 @@ class FinishedRun:
     def __init__(self, path: Path) -> None:
         folder = RunFolder(path)
         self.plan: StudyPlan = folder.plan()
+        self._summary = folder.summary()
         adapter = load_adapter(folder.adapter)
         self.workspace: Workspace = open_workspace(self.plan, folder.machine())
         self._adapter = {name: adapter[name] for name in self.workspace.layout.names}
         self.workspace.load(self._adapter)
+
+    @property
+    def statement(self) -> str:
+        """What was promised and kept, as the run's summary states it."""
+        return str(self._summary["privacy"]["statement"]) if self._summary else self.plan.promise.statement
 
     def metrics(self, path: str) -> dict[str, float]:
         """Return the metrics on a file that has the plan's columns."""

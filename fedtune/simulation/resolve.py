@@ -17,8 +17,10 @@ from fedtune.aggregation.weights import site_weights
 from fedtune.config.machine import Machine
 from fedtune.config.plan import AdapterPlan, DataPlan, ModelPlan, StudyPlan
 from fedtune.config.schema import PrivacySettings, Settings
+from fedtune.data.formats import read_table
 from fedtune.data.loading import labelled, load
 from fedtune.data.partitions import split_holdout
+from fedtune.data.records import to_records
 from fedtune.data.table import Table
 from fedtune.data.tasks import Task, find_task
 from fedtune.errors import ConfigError, PrivacyError
@@ -57,6 +59,7 @@ def resolve(settings: Settings) -> Resolved:
     base = find_base(settings.model)
     check_length(base, settings.data.max_tokens)
     table, task = read_records(settings)
+    _check_records(settings, table, task)
     sites = _sizes(settings, table, task)
     site_weights(settings.aggregation, [site.name for site in sites])
     privacy = _privacy(settings, sites)
@@ -75,6 +78,14 @@ def read_records(settings: Settings) -> tuple[Table, Task]:
         raise ConfigError("no-data", "the study has no records: data.path is not set", hint="data.path=FILE")
     also = [data.partition.column] if data.partition.column else []
     return load(data.path, data, also=also, allow_download=settings.model.allow_download)
+
+
+def _check_records(settings: Settings, table: Table, task: Task) -> None:
+    """Read every record and the test file's, so that a mistake in them stops the study before there is a run folder."""
+    to_records(table, task)
+    if settings.data.test is not None:
+        downloads = settings.model.allow_download
+        to_records(read_table(settings.data.test, "auto", columns=task.used, allow_download=downloads), task)
 
 
 def _refuse_early(settings: Settings) -> None:

@@ -33,7 +33,7 @@ def continue_run(path: Path, progress: Progress) -> dict[str, Any]:
     if finished is not None:
         return finished
     check_backend(machine.backend)
-    machine.save(folder.machine_file)
+    folder.save_machine(machine)
     return _execute(folder, plan, machine, progress)
 
 

@@ -19,6 +19,7 @@ from fedtune.config.plan import StudyPlan
 from fedtune.data.batches import Batch, collate
 from fedtune.data.sampling import PoissonSampler, physical_batches
 from fedtune.data.templates import Example
+from fedtune.errors import PrivacyError
 from fedtune.model.layout import AdapterLayout, AdapterState
 from fedtune.model.workspace import Workspace
 from fedtune.privacy.accounting import Event
@@ -35,11 +36,15 @@ Step = Callable[[list[Batch], RandomSource], tuple[NoisyGradient, int]]
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a site does in one round: from which adapter, with which optimiser state, in which round (1-based)."""
+    """What a site does in one round: from which adapter, with which optimiser state, in which round (1-based).
+
+    `reserved` is the event that the site has put on disk for it, None without privacy.
+    """
 
     site: str
     round: int
     adapter: AdapterState
+    reserved: Event | None
     optimizer_state: OptimizerState = field(default_factory=dict)
 
 
@@ -80,7 +85,10 @@ def train_round(
     """Train one round; `layouts` are what is trained and what is sent.
 
     Deterministic in (plan, site, round, adapter, optimiser state) with seeded noise, on one machine and thread count.
+    Error: `privacy.unreserved` when the assignment does not carry the event that this round costs.
     """
+    if assignment.reserved != event_of_round(plan):
+        raise PrivacyError("unreserved", f"round {assignment.round} would be trained without its event on disk")
     trained, sent = layouts
     workspace.load({**workspace.initial, **assignment.adapter})
     parameters = workspace.train_only(trained)
@@ -89,7 +97,7 @@ def train_round(
     lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
     seen, dropped = _steps(_Round(plan, workspace, examples, lengths, parameters), assignment, optimizer)
     kept = optimizers.dump_state(optimizer, parameters) if plan.training.optimizer_state == "keep" else {}
-    return LocalResult(workspace.export(sent), kept, event_of_round(plan), seen, dropped)
+    return LocalResult(workspace.export(sent), kept, assignment.reserved, seen, dropped)
 
 
 def _steps(this: _Round, assignment: Assignment, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -100,7 +108,7 @@ def _steps(this: _Round, assignment: Assignment, optimizer: torch.optim.Optimize
         for local in range(plan.training.local_steps):
             batches = _batches(this, sampler.draw(source))
             done = (assignment.round - 1) * plan.training.local_steps + local
-            with this.workspace.dropout(plan.seed + done):
+            with this.workspace.dropout(source):
                 gradient, lost = clipped_or_plain(batches, source)
             factor = optimizers.schedule_factor(plan.training.schedule, done, plan.total_steps)
             optimizers.step(optimizer, this.parameters, gradient.mean, factor)

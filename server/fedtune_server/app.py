@@ -97,5 +97,5 @@ def _settled(study: Study) -> dict[str, SiteFacts]:
     """Ask once more what each site has spent: also rounds whose reply never arrived are in the final ε."""
     _, facts = _describe(study.exchange, study.plan)
     for name, site in facts.sites.items():
-        study.facts.sites[name].events = site.events
+        study.facts.sites.setdefault(name, site).events = site.events
     return study.facts.sites

@@ -14,6 +14,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.errors import FedtuneError
+from fedtune.flower.engine import engine_died
 from fedtune.flower.messages import Instruction, Refusal, content_bytes, encode_instruction
 
 _POLL_SECONDS = 0.02
@@ -74,7 +75,7 @@ class Exchange:
     def _collect(
         self, pending: dict[str, int], until: float, decode: Callable[[Message], Reply | Refusal]
     ) -> Iterator[Answer[Reply]]:
-        while pending and time.monotonic() < until:
+        while pending and time.monotonic() < until and not engine_died.is_set():
             messages = list(self._grid.pull_messages(pending))
             for message in messages:
                 node = pending.pop(message.metadata.reply_to_message_id, None)

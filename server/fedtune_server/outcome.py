@@ -64,13 +64,24 @@ def summarise(study: Study) -> dict[str, Any]:
             "noise": plan.promise.noise if private else None,
             "noise_multiplier": plan.promise.noise_multiplier,
             "clip_norm": plan.promise.clip_norm,
-            "statement": plan.promise.statement,
+            "statement": _statement(study),
         },
         "traffic": {"bytes_up": study.exchange.traffic.up, "bytes_down": study.exchange.traffic.down},
         "seconds": round(facts.seconds, 3),
         "versions": versions(),
         "run_dir": str(study.folder.path),
     }
+
+
+def _statement(study: Study) -> str:
+    """Return the plan's statement, and what is true instead where a site has spent more than the plan promised."""
+    promise, spent = study.plan.promise, study.facts.max_epsilon(study.plan.promise)
+    if spent is None or spent <= promise.epsilon * (1 + 1e-9):
+        return promise.statement
+    return (
+        f"EXCEEDED: ε = {spent:.4g} was spent, because rounds were repeated after an interruption with fresh noise. "
+        f"Planned was: {promise.statement}"
+    )
 
 
 def _site(site: SiteFacts, plan: StudyPlan) -> dict[str, Any]:

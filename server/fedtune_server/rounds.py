@@ -61,6 +61,7 @@ def start_optimizer(plan: StudyPlan, layout: AdapterLayout, adapter: AdapterStat
 def resume(study: Study) -> None:
     """Continue from the newest checkpoint, if there is one; what sites have spent since then is kept."""
     checkpoint = latest_checkpoint(study.folder.checkpoints, study.plan.sha256)
+    study.folder.rewind_metrics(0 if checkpoint is None else checkpoint.round)
     if checkpoint is None:
         return
     described = study.facts.sites
@@ -98,10 +99,13 @@ def _run_round(study: Study, number: int) -> None:
     study.average.push(study.adapter)
     study.round = number
     metrics = _measure(study, number)
-    study.facts.seconds += time.monotonic() - started
+    seconds = time.monotonic() - started
+    study.facts.seconds += seconds
     study.facts.bytes_up, study.facts.bytes_down = study.exchange.traffic.up, study.exchange.traffic.down
+    result = _result(study, asked, failed, before, metrics, seconds)
+    _log(study.folder, result, metrics)  # before the checkpoint: a line without one is dropped on resume
     _save(study)
-    _report(study, asked, failed, before, metrics, time.monotonic() - started)
+    study.progress.round_done(result)
 
 
 def _collect(study: Study, number: int, asked: list[str]) -> tuple[StreamingMean, dict[str, str]]:
@@ -176,29 +180,30 @@ def _save(study: Study) -> None:
     save_checkpoint(study.folder.checkpoints, study.plan.sha256, state)
 
 
-def _report(
+def _result(
     study: Study,
     asked: list[str],
     failed: dict[str, str],
     before: tuple[int, int],
     metrics: dict[str, float] | None,
     seconds: float,
-) -> None:
+) -> RoundInfo:
     spent = study.facts.max_epsilon(study.plan.promise)
     up, down = study.exchange.traffic.up - before[0], study.exchange.traffic.down - before[1]
     shown = None if metrics is None else metrics.get(study.evaluator.headline)
-    study.progress.round_done(
-        RoundInfo(study.round, len(asked), len(asked) - len(failed), dict(failed), spent, shown, seconds, up, down)
-    )
-    study.folder.log_metrics(
+    return RoundInfo(study.round, len(asked), len(asked) - len(failed), dict(failed), spent, shown, seconds, up, down)
+
+
+def _log(folder: RunFolder, result: RoundInfo, metrics: dict[str, float] | None) -> None:
+    folder.log_metrics(
         {
-            "round": study.round,
-            "asked": len(asked),
-            "failed": failed,
-            "epsilon": spent,
+            "round": result.number,
+            "asked": result.asked,
+            "failed": dict(result.failed),
+            "epsilon": result.epsilon_spent,
             "metrics": metrics,
-            "seconds": round(seconds, 6),
-            "bytes_up": up,
-            "bytes_down": down,
+            "seconds": round(result.seconds, 6),
+            "bytes_up": result.bytes_up,
+            "bytes_down": result.bytes_down,
         }
     )

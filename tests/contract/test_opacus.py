@@ -92,6 +92,16 @@ def test_a_flattened_batch_goes_unnoticed_which_is_why_the_engine_checks(
     assert len(model[0].weight.grad_sample) == 10
 
 
+def test_a_shared_input_is_booked_on_the_first_record_which_is_why_the_engine_checks(
+    hooked: tuple[nn.Sequential, GradSampleHooks],
+) -> None:
+    layer = hooked[0][0]
+    (layer(torch.zeros(4, 3)) + layer(torch.ones(1, 3))).sum().backward()
+    weights = layer.weight.grad_sample.abs().sum((1, 2))
+    assert weights[0] > 0
+    assert weights[1:].sum() == 0
+
+
 @pytest.mark.parametrize("accountant", [PRVAccountant, RDPAccountant])
 def test_opacus_accountants_take_a_history_of_sigma_rate_steps(accountant: Any) -> None:
     judge = accountant()

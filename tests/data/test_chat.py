@@ -47,9 +47,10 @@ def test_each_turn_of_the_assistant_is_trained_with_its_end_marker(make_tokenize
     )
 
 
-def test_turns_after_the_assistants_last_are_dropped(make_tokenizer: Any) -> None:
+@pytest.mark.parametrize("chat", [CHATML, None])
+def test_turns_after_the_assistants_last_are_dropped(make_tokenizer: Any, chat: str | None) -> None:
     shorter, longer = dialogue("u:Hi", "a:Hello"), dialogue("u:Hi", "a:Hello", "u:Bye")
-    tokenizer = make_tokenizer(chat=CHATML)
+    tokenizer = make_tokenizer(chat=chat)
     assert lay_out(longer, tokenizer) == lay_out(shorter, tokenizer)
 
 

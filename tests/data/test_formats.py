@@ -117,11 +117,14 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column_name(tmp_path: Path) -
 
 
 def test_a_field_longer_than_the_csv_modules_limit_is_read(tmp_path: Path) -> None:
-    before = csv.field_size_limit()
     note = "long note " * 50_000
     (tmp_path / "a.csv").write_text(f"text,label\n{note},x\n", "utf-8")
-    assert read_table(str(tmp_path / "a.csv")).columns["text"] == (note,)
-    assert csv.field_size_limit() == before
+    before = csv.field_size_limit(1000)
+    try:
+        assert read_table(str(tmp_path / "a.csv")).columns["text"] == (note,)
+        assert csv.field_size_limit() == 1000  # the caller's own limit is back in place
+    finally:
+        csv.field_size_limit(before)
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet", "arrow"])
@@ -156,6 +159,25 @@ def test_the_hub_is_not_asked_unless_allowed() -> None:
         read_table("someone/something", "hub")
     assert caught.value.code == "data.download-not-allowed"
     assert "allow_download" in caught.value.hint
+
+
+def test_a_hub_id_may_name_a_revision_and_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, *, split: str, revision: str | None) -> datasets.Dataset:
+        asked.append((name, revision, split))
+        return datasets.Dataset.from_dict({"text": ["a", "b"], "other": [1, 2]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("someone/notes", "someone/notes@v1:validation"):
+        assert read_table(name, "hub", columns=["text"], allow_download=True).columns == {"text": ("a", "b")}
+    assert asked == [("someone/notes", None, "train"), ("someone/notes", "v1", "validation")]
+
+
+def test_what_is_no_hub_id_is_never_asked_for() -> None:
+    with pytest.raises(DataError) as caught:
+        read_table("../secret file", "hub", allow_download=True)
+    assert caught.value.code == "data.bad-hub-id"
 
 
 def test_a_limit_stops_reading_before_a_later_broken_line(tmp_path: Path) -> None:

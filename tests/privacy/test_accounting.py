@@ -153,6 +153,12 @@ def test_an_event_that_no_accountant_covers_is_refused(change: dict[str, Any]) -
         event(**change)
 
 
+@pytest.mark.parametrize("change", [{"steps": "7"}, {"noise_multiplier": None}, {"sampling_rate": [1]}])
+def test_an_event_with_a_value_of_another_type_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(PrivacyError, match="event"):
+        Event.from_dict({**event().to_dict(), **change})
+
+
 def test_what_cannot_be_accounted_is_refused() -> None:
     with pytest.raises(PrivacyError, match="mixed-units"):
         epsilon([event(), event(unit="patient")], 1e-5)

@@ -156,9 +156,31 @@ def test_a_layer_that_flattens_tokens_into_the_batch_is_refused_by_name(records:
     model = nn.Sequential(Flattening())
     with (
         OpacusEngine(model, named(model)) as engine,
-        pytest.raises(PrivacyError, match=r"0\.fc1\.weight .*flattens tokens.*flattened-records"),
+        pytest.raises(PrivacyError, match=r"0\.fc1 sees .*flattens tokens.*flattened-records"),
     ):
         engine.per_sample_gradients(linear_losses(model, torch.randn(records, 5, 3)), records)
+
+
+class SharedInput(nn.Module):
+    """A layer in the way of DeBERTa's: used on the records and on one embedding that all of them share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(3, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.key(inputs) + self.key(torch.ones(1, 3))
+        return result
+
+
+def test_a_layer_shared_by_all_records_is_refused_by_name() -> None:
+    """Opacus would book the shared part of all records on the first, which moves the sum by up to 2 C."""
+    model = nn.Sequential(SharedInput())
+    with (
+        OpacusEngine(model, named(model)) as engine,
+        pytest.raises(PrivacyError, match=r"0\.key sees 1 rows for 4 records"),
+    ):
+        engine.per_sample_gradients(linear_losses(model, torch.randn(4, 3)), 4)
 
 
 class Checkpointed(nn.Module):
@@ -214,6 +236,12 @@ def test_a_frozen_parameter_cannot_be_listed() -> None:
     model.bias.requires_grad_(False)
     with pytest.raises(PrivacyError, match="bias"):
         OpacusEngine(model, list(model.named_parameters()))
+
+
+def test_a_parameter_of_another_model_cannot_be_listed() -> None:
+    model = nn.Linear(3, 3)
+    with pytest.raises(PrivacyError, match="alien"):
+        OpacusEngine(model, [*named(model), ("alien", nn.Parameter(torch.ones(1)))])
 
 
 def test_two_engines_on_one_model_are_refused() -> None:

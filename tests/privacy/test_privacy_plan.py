@@ -76,6 +76,25 @@ def test_a_plan_with_an_unknown_or_missing_key_is_refused(plan: PrivacyPlan) -> 
         PrivacyPlan.from_dict({"mode": "dp"})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mode": "none"},
+        {"mode": "off"},
+        {"epsilon": math.nan},
+        {"delta": 0.0},
+        {"delta": 1.0},
+        {"noise_multiplier": 0.0},
+        {"sampling_rate": "all"},
+        {"max_steps": None},
+        {"sampler": "shuffle"},
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused_when_it_is_read(plan: PrivacyPlan, change: dict[str, Any]) -> None:
+    with pytest.raises(PrivacyError):
+        PrivacyPlan.from_dict({**plan.to_dict(), **change})
+
+
 def test_the_statement_names_every_term_of_the_promise(plan: PrivacyPlan) -> None:
     for term in (
         "ε = 4",

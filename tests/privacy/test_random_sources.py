@@ -90,6 +90,10 @@ def test_the_tail_reaches_past_what_one_word_allows() -> None:
     assert extreme[1] == -extreme[0]
 
 
+def test_a_number_names_the_same_stream_whatever_its_type() -> None:
+    assert np.array_equal(SeededSource(np.int64(5)).uniform(3), SeededSource(5).uniform(3))
+
+
 def test_a_stream_needs_a_name() -> None:
     with pytest.raises(PrivacyError, match="unnamed-stream"):
         SeededSource()

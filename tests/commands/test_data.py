@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.support.runs import Study, command
+from tests.support.tiny import question_jsonl, tiny_base
+
+
+def check(study: Study, path: Path, *words: str) -> list[str]:
+    return ["data", "check", str(path), f"model.base={study.base}", "model.head_init=zero", *words]
+
+
+def test_a_check_reports_what_a_study_would_find(study: Study) -> None:
+    done = command(*check(study, study.data))
+    assert done.code == 0, done.err
+    assert "csv, 60 records" in done.out
+    assert "task: classification (classification: text=text, label=category)" in done.out
+    assert "labels: 2: card 30, cash 30" in done.out
+    assert "exact duplicates: " in done.out
+    assert "tokens: median " in done.out
+    assert "are cut at data.max_tokens=128" in done.out
+    assert "example 2: " in done.out
+    assert "-> label card" in done.out
+
+
+def test_a_check_in_json_counts_labels_duplicates_lengths_and_truncation(study: Study, tmp_path: Path) -> None:
+    file = tmp_path / "twice.csv"
+    file.write_text("text,category\nabcd,x\nabcd,x\nabcdefgh,y\nab,y\n")
+    found = command(*check(study, file, "data.max_tokens=6", "--format", "json")).json
+    assert (found["rows"], found["format"], found["duplicates"]) == (4, "csv", 1)
+    assert found["labels"] == {"x": 2, "y": 2}
+    assert found["lengths"]["longest"] == 9  # a byte is a token, and one begins the text
+    assert found["truncated"] == 0.25
+    assert [sample["label"] for sample in found["samples"]] == ["x", "x"]
+
+
+def test_the_loss_mask_of_a_completion_is_shown(study: Study, tmp_path: Path) -> None:
+    file = question_jsonl(tmp_path / "questions.jsonl")
+    base = tiny_base(tmp_path / "llama", "llama")
+    words = ["data", "check", str(file), f"model.base={base}", "model.head_init=zero"]
+    sample = command(*words, "--format", "json").json["samples"][0]
+    trained = "".join(piece for piece, counts in sample["pieces"] if counts)
+    assert trained.replace("Ġ", " ").strip("</s> ") == "card"
+    text = command(*words).out
+    assert "[c]" in text
+    assert "([token] counts in the loss)" in text
+
+
+def test_a_broken_file_is_one_error_with_its_line(study: Study, tmp_path: Path) -> None:
+    file = tmp_path / "broken.jsonl"
+    file.write_text(json.dumps({"text": "a", "category": "x"}) + '\n{"text": \n')
+    done = command(*check(study, file))
+    assert (done.code, done.out) == (2, "")
+    assert f"error[data.broken-json]: {file}, line 2" in done.err

@@ -1,0 +1,188 @@
+"""A site's round equals a plain float64 loop over single records; and the comparison sees the bugs that matter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from fedtune.privacy.clipping import ClippedSum
+from fedtune.training import local
+from tests.support.bench import CASES, Bench, make_bench
+from tests.support.reference_round import reference_round
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from fedtune.data.sampling import PoissonSampler
+    from fedtune.model.layout import AdapterState
+    from fedtune.privacy.noise import NoisyGradient
+    from fedtune.privacy.random import RandomSource
+
+MakeBench = "Callable[..., Bench]"
+
+
+def error(found: AdapterState, expected: dict[str, NDArray[np.float64]], start: AdapterState) -> float:
+    """How far apart two rounds end, relative to how far the reference moved."""
+    assert found.keys() == expected.keys()
+    apart = sum(float(np.square(found[name] - expected[name]).sum()) for name in expected)
+    moved = sum(float(np.square(start[name] - expected[name]).sum()) for name in expected)
+    return float(np.sqrt(apart / moved))
+
+
+def distance(bench: Bench, number: int = 1) -> float:
+    start = bench.alive()
+    return error(bench.round(number, start).state, reference_round(bench, start, number), start)
+
+
+@pytest.mark.parametrize(("architecture", "head"), CASES)
+def test_a_private_round_equals_the_reference(bench: MakeBench, architecture: str, head: str) -> None:
+    assert distance(bench(architecture, head)) < 1e-5
+
+
+@pytest.mark.parametrize("algorithm", ["ffa", "fedsvd"])
+def test_a_round_with_frozen_a_equals_the_reference(bench: MakeBench, algorithm: str) -> None:
+    assert distance(bench("gpt2", "none").plan_with(aggregation__algorithm=algorithm), number=2) < 1e-5
+
+
+@pytest.mark.parametrize(("architecture", "head"), [("bert", "pooled"), ("llama", "none")])
+def test_a_round_without_privacy_equals_plain_summed_gradients(
+    bench: MakeBench, architecture: str, head: str
+) -> None:
+    site = bench(architecture, head).plan_with(privacy__mode="off")
+    assert distance(site) < 1e-5
+    assert site.round().event is None
+
+
+def test_the_head_has_its_own_learning_rate(bench: MakeBench) -> None:
+    assert distance(bench().plan_with(training__head_learning_rate=3.0)) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["dp", "off"])
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_physical_batch_does_not_change_the_round(bench: MakeBench, size: int, mode: str) -> None:
+    """The plan's hash names the stream, so each size is compared with its own reference, which has no batches."""
+    assert distance(bench().plan_with(training__physical_batch=size, privacy__mode=mode)) < 1e-5
+
+
+# --- a NaN record ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A site one of whose records holds a token that the base model maps to NaN."""
+    clean = make_bench(tmp_path_factory.mktemp("clean"))
+    folder = tmp_path_factory.mktemp("poisoned")
+    (folder / "base").mkdir()
+    for path in (clean.machine.run.parent / "base").iterdir():
+        (folder / "base" / path.name).write_bytes(path.read_bytes())
+    bad = clean.workspace.tokenizer("~", add_special_tokens=False)["input_ids"][0]
+    weights = load_file(folder / "base" / "model.safetensors")
+    weights["embeddings.word_embeddings.weight"][bad] = float("nan")
+    save_file(weights, folder / "base" / "model.safetensors", {"format": "pt"})
+    site = make_bench(folder, training__local_steps=4, training__sampling_rate=1.0)
+    first = replace(site.examples[0], input_ids=np.append(site.examples[0].input_ids, bad).astype(np.int32))
+    return replace(site, examples=[first, *site.examples[1:]])
+
+
+def test_a_nan_record_contributes_zero_and_is_counted(poisoned: Bench) -> None:
+    start = poisoned.alive()
+    result = poisoned.round(adapter=start)
+    assert result.records_dropped == 4  # once a step
+    assert error(result.state, reference_round(poisoned, start), start) < 1e-5
+
+
+def test_control_without_privacy_the_nan_record_poisons_the_update(poisoned: Bench) -> None:
+    result = poisoned.plan_with(privacy__mode="off").round()
+    assert np.isnan(result.state["head.bias"]).any()
+
+
+# --- planted bugs: each is put into the site's own code, and the comparison must fail -------------------------------
+
+
+def without_clipping(patch: pytest.MonkeyPatch) -> None:
+    def total(rows: Any, clip_norm: float) -> ClippedSum:
+        return ClippedSum(rows.double().sum(0), clip_norm, len(rows), 0, 0)
+
+    patch.setattr(local, "clip_and_sum", total)
+
+
+def with_half_the_noise(patch: pytest.MonkeyPatch) -> None:
+    right = local.add_noise
+
+    def half(clipped: ClippedSum, sigma: float, source: RandomSource, expected: float) -> NoisyGradient:
+        return right(clipped, sigma / 2, source, expected)
+
+    patch.setattr(local, "add_noise", half)
+
+
+def with_the_drawn_size_as_denominator(patch: pytest.MonkeyPatch) -> None:
+    right = local.add_noise
+
+    def divided(clipped: ClippedSum, sigma: float, source: RandomSource, expected: float) -> NoisyGradient:
+        return right(clipped, sigma, source, float(clipped.records))
+
+    patch.setattr(local, "add_noise", divided)
+
+
+def with_one_record_twice(patch: pytest.MonkeyPatch) -> None:
+    right = local.physical_batches
+
+    def doubled(indices: Any, lengths: Any, limit: int) -> list[Any]:
+        return right(np.append(indices, indices[-1:]), lengths, limit)
+
+    patch.setattr(local, "physical_batches", doubled)
+
+
+def with_a_fixed_batch_size(patch: pytest.MonkeyPatch) -> None:
+    def first_ones(sampler: PoissonSampler, source: RandomSource) -> Any:
+        return np.argsort(source.uniform(sampler.units))[: round(sampler.units * sampler.rate)]
+
+    patch.setattr(local.PoissonSampler, "draw", first_ones)
+
+
+def with_one_clip_a_batch(patch: pytest.MonkeyPatch) -> None:
+    right = local.clip_and_sum
+
+    def late(rows: Any, clip_norm: float) -> ClippedSum:
+        return replace(right(rows.mean(0, keepdim=True), clip_norm), records=len(rows))
+
+    patch.setattr(local, "clip_and_sum", late)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        without_clipping,
+        with_half_the_noise,
+        with_the_drawn_size_as_denominator,
+        with_one_record_twice,
+        with_a_fixed_batch_size,
+        with_one_clip_a_batch,
+    ],
+    ids=lambda plant: plant.__name__,
+)
+def test_the_comparison_catches_a_planted_bug(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    site = bench("bert", "architecture").plan_with(privacy__clip_norm=0.1)
+    assert distance(site) < 1e-5
+    plant(monkeypatch)
+    assert distance(site) > 1e-2
+
+
+def test_the_comparison_catches_the_exact_count_as_denominator(bench: MakeBench) -> None:
+    """The denominator is made of the public count: two significant digits, not what the site holds."""
+    site = bench()
+    many = replace(site, examples=[site.examples[i % len(site.examples)] for i in range(123)])
+    assert distance(many) < 1e-5
+    start = many.alive()
+    expected = reference_round(many, start)
+    exact = {name: start[name] + (value - start[name]) * 120 / 123 for name, value in expected.items()}
+    assert error(many.round(adapter=start).state, exact, start) > 1e-2
