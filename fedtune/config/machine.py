@@ -10,8 +10,6 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from fedtune.config.schema import Section
 from fedtune.errors import RunError
 
@@ -42,7 +40,7 @@ class Machine(Section):
         """Read the facts of a run folder."""
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, ValidationError) as error:
+        except (OSError, ValueError) as error:
             raise RunError("no-machine", f"{path} cannot be read as machine facts", hint="name a run folder") from error
 
 

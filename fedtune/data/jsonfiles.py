@@ -25,7 +25,9 @@ def read_json_lines(path: Path, columns: Sequence[str] | None, limit: int | None
     Raises `data.broken-json` with the line, `data.missing-column`.
     """
     rows = (
-        (line, _object(_parse(text, path, line), path, line)) for line, text in numbered_lines(path) if text.strip()
+        (line, _object(_parse(text.rstrip(), path, line), path, line))
+        for line, text in numbered_lines(path)
+        if text.strip()
     )
     return _table_of_rows(list(islice(rows, limit)), path, "jsonl", columns)
 

@@ -24,7 +24,7 @@ from fedtune.flower.grid import InProcessGrid
 
 BACKENDS = ("inprocess", "ray")
 
-# Set when Flower's engine has died under a running ServerApp, which would otherwise wait for replies until its deadline.
+# Set when Flower's engine has died under a running ServerApp, which would otherwise wait until its deadline.
 engine_died = threading.Event()
 
 _APP = """\

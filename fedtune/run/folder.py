@@ -71,7 +71,14 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any] | None:
         """Read the result, or None while the study has not ended."""
-        return json.loads(self.summary_file.read_text(encoding="utf-8")) if self.summary_file.exists() else None
+        if not self.summary_file.exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(self.summary_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            hint = f"remove it, then write it again: fedtune simulate --resume {self.path}"
+            raise RunError("damaged", f"{self.summary_file} cannot be read", hint=hint) from error
+        return found
 
     def save_machine(self, machine: Machine) -> None:
         """Write the machine facts."""

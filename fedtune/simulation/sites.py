@@ -52,9 +52,9 @@ class DealtData:
 
 
 def bank_messages(banks: int, limit: int | None) -> Table:
-    """Return the synthetic messages of so many banks, or their first rows."""
-    table = generate(seed=0, banks=banks, per_bank=MESSAGES_A_BANK)
-    return table if limit is None else table.take(range(min(limit, table.rows)))
+    """Return the synthetic messages of so many banks; with a limit, as many of each bank as fit in it."""
+    each = MESSAGES_A_BANK if limit is None else max(2, min(MESSAGES_A_BANK, limit // banks))
+    return generate(seed=0, banks=banks, per_bank=each)
 
 
 def _read(plan: StudyPlan, machine: Machine, columns: Sequence[str]) -> Table:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.simulation.workspace import _open_once
 from tests.support.runs import Study, command, summary_of
-from tests.support.tiny import bank_csv
+from tests.support.tiny import bank_csv, tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_an_adapter_is_usable_where_its_folder_was_moved_to(run: Path, test_file
     [
         ("text,category\nhello,elephant\n", "data.unknown-label"),
         ("text\nhello\n", "data.missing-column"),
-        ("", "data.empty"),
+        ("text,category\n", "data.empty-file"),
     ],
 )
 def test_records_that_do_not_fit_the_run_are_refused(run: Path, tmp_path: Path, content: str, code: str) -> None:
@@ -69,10 +70,9 @@ def test_a_run_that_has_not_ended_has_no_adapter_to_evaluate(study: Study, test_
 
 
 def test_a_base_that_has_changed_is_refused(study: Study, tmp_path: Path, test_file: Path) -> None:
-    from tests.support.tiny import tiny_base
-
     base, run = tiny_base(tmp_path / "base", seed=1), tmp_path / "run"
     summary_of(*study.words(f"model.base={base}", f"run.dir={run}", "federation.rounds=1"))
     tiny_base(base, seed=2)
+    _open_once.cache_clear()  # a later command is a process of its own
     done = command("evaluate", str(run), str(test_file))
     assert "error[model.other-base]" in done.err

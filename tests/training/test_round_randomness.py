@@ -13,9 +13,11 @@ from fedtune.errors import PrivacyError
 from fedtune.privacy.accounting import Event
 from fedtune.privacy.random import SeededSource
 from fedtune.training.local import Assignment, LocalResult, event_of_round, train_round
-from tests.support.bench import Bench
+from tests.support.bench import Bench, make_bench
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fedtune.model.layout import AdapterState
 
 MakeBench = "Callable[..., Bench]"
@@ -160,9 +162,7 @@ def test_a_site_without_records_is_refused(bench: MakeBench) -> None:
 # --- dropout --------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_masks_come_from_the_sites_own_stream(tmp_path: Any) -> None:
-    from tests.support.bench import make_bench
-
+def test_dropout_masks_come_from_the_sites_own_stream(tmp_path: Path) -> None:
     site = make_bench(tmp_path, lora__dropout=0.5)
     first = site.round(adapter=site.alive())
     torch.manual_seed(1)
@@ -170,14 +170,14 @@ def test_dropout_masks_come_from_the_sites_own_stream(tmp_path: Any) -> None:
     secret = site.plan_with(privacy__noise="secure", privacy__noise_multiplier=1e-6, privacy__sampling_rate=1.0)
     one, two = (secret.round(adapter=site.alive()) for _ in range(2))
     apart = max(float(np.abs(one.state[name] - two.state[name]).max()) for name in one.state)
-    assert apart > 1e-3  # with so little noise, only unlike masks set two rounds this far apart
+    assert apart > 2e-5  # with so little noise, only unlike masks set two rounds this far apart
 
 
 def test_control_without_dropout_two_secret_rounds_with_little_noise_agree(bench: MakeBench) -> None:
     site = bench()
     secret = site.plan_with(privacy__noise="secure", privacy__noise_multiplier=1e-6, privacy__sampling_rate=1.0)
     one, two = (secret.round(adapter=site.alive()) for _ in range(2))
-    assert max(float(np.abs(one.state[name] - two.state[name]).max()) for name in one.state) < 1e-5
+    assert max(float(np.abs(one.state[name] - two.state[name]).max()) for name in one.state) < 1e-6
 
 
 # --- reservation ----------------------------------------------------------------------------------------------------
