@@ -31,7 +31,7 @@ def trivial(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     clock = RoundClock(settings["sites"])
     with watched_by(clock):
         run(settings["backend"], server, client, settings["sites"], {PLAN_KEY: plan.json_text}, workers=2)
-    return {"startup": clock.began - _started, "rounds": clock.seconds[1:]}
+    return clock.parts(_started) | {"rounds": clock.seconds[1:]}
 
 
 def fedtune(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -41,11 +41,10 @@ def fedtune(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     from fedtune.simulation.runner import simulate
 
     found = real_study(folder, settings)
-    resolved = time.perf_counter()
+    resolved = time.process_time()
     clock = RoundClock(REAL_SITES)
     simulate(found.plan, found.machine, clock)
-    startup = {"resolve": resolved - _started, "open": clock.began - resolved}
-    return {"startup": sum(startup.values()), "parts": startup, "rounds": clock.seconds, "end": _since(clock.ended)}
+    return clock.parts(_started) | {"cpu_to_plan": resolved}
 
 
 def loop(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -65,11 +64,17 @@ def prepare(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {"run": str(create(found.plan, found.machine).path)}
 
 
-def _since(moment: float) -> float:
-    return time.perf_counter() - moment
+def compare(_folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the largest difference between the loop's adapter and the study's last checkpoint."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    study = load_file(max(Path(settings["fedtune"], "run", "checkpoints").glob("*.safetensors")))
+    loop = load_file(Path(settings["loop"], "adapter.safetensors"))
+    return {"difference": max(float(np.abs(loop[name] - study[f"adapter/{name}"]).max()) for name in loop)}
 
 
 if __name__ == "__main__":
     kind, where, text = sys.argv[1:4]
-    measure = {"trivial": trivial, "fedtune": fedtune, "loop": loop, "prepare": prepare}[kind]
+    measure = {"trivial": trivial, "fedtune": fedtune, "loop": loop, "prepare": prepare, "compare": compare}[kind]
     print(json.dumps(measure(Path(where), json.loads(text))), flush=True)

@@ -35,7 +35,9 @@ def train(message: Message, context: Context) -> Message:
     frozen = () if get_algorithm(plan.aggregation.algorithm).trains_a else (".lora_A.weight",)
     state = {name: array + _STEP for name, array in instruction.adapter.items() if not name.endswith(frozen or "/")}
     events = (plan.promise.event(instruction.round * plan.training.local_steps),) if plan.promise.mode == "dp" else ()
-    return Message(encode_reply(Update(plan.sha256, _name(context), instruction.round, state, events)), reply_to=message)
+    return Message(
+        encode_reply(Update(plan.sha256, _name(context), instruction.round, state, events)), reply_to=message
+    )
 
 
 @lru_cache(maxsize=1)

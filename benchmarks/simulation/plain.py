@@ -6,12 +6,13 @@ accounting of what was spent, checkpoints, run folder.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
+from benchmarks.simulation.rounds import RoundClock
 from fedtune.aggregation.algorithms import get_algorithm
 from fedtune.config.plan import StudyPlan
 from fedtune.model.layout import AdapterState
@@ -19,25 +20,23 @@ from fedtune.model.workspace import Workspace
 from fedtune.run.folder import RunFolder
 from fedtune.simulation.sites import SiteData, dealt
 from fedtune.simulation.workspace import open_workspace
-from fedtune.training.local import Assignment, train_round
+from fedtune.training.local import Assignment, event_of_round, train_round
 
 
 def train_plainly(run: Path, folder: Path, started: float) -> dict[str, Any]:
-    """Train the plan of a run folder, save the adapter as one NumPy file, and return seconds by part."""
+    """Train the plan of a run folder, save the adapter as one file, and return seconds by part."""
     plan, machine = RunFolder(run).plan(), RunFolder(run).machine()
     workspace = open_workspace(plan, machine)
     data = dealt(plan.json_text, machine, workspace.tokenizer)
     sites = [data.site(index) for index in range(plan.federation.sites)]
-    ready = time.perf_counter()
-    adapter, seconds = dict(workspace.initial), []
+    adapter, clock = dict(workspace.initial), RoundClock(len(sites))
+    clock.start()
     for number in range(1, plan.federation.rounds + 1):
-        begin = time.perf_counter()
         adapter = _round(plan, workspace, sites, number, adapter)
-        seconds.append(time.perf_counter() - begin)
-    end = time.perf_counter()
+        clock.lap()
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "adapter.npz", **adapter)
-    return {"startup": ready - started, "rounds": seconds, "end": time.perf_counter() - end}
+    (folder / "adapter.safetensors").write_bytes(save(adapter))
+    return clock.parts(started)
 
 
 def _round(
@@ -46,6 +45,9 @@ def _round(
     layout = get_algorithm(plan.aggregation.algorithm).trained(workspace.layout)
     states: list[AdapterState] = []
     for site in sites:
-        assignment = Assignment(site.name, number, adapter)
+        assignment = Assignment(site.name, number, adapter, event_of_round(plan))
         states.append(train_round(plan, workspace, site.train, assignment, (layout, layout)).state)
-    return {name: np.mean([state[name] for state in states], axis=0, dtype=np.float64).astype(np.float32) for name in adapter}
+    return {
+        name: np.mean([state[name] for state in states], axis=0, dtype=np.float64).astype(np.float32)
+        for name in adapter
+    }

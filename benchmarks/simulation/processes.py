@@ -24,9 +24,12 @@ def measured(kind: str, settings: dict[str, Any], folder: Path | None = None) ->
         command = [sys.executable, "-m", "benchmarks.simulation.child", kind, str(where), json.dumps(settings)]
         errors = Path(scratch) / "stderr"
         began = time.perf_counter()
-        with errors.open("w") as stderr, subprocess.Popen(
-            command, cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=stderr, text=True
-        ) as process:
+        with (
+            errors.open("w") as stderr,
+            subprocess.Popen(
+                command, cwd=_ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=stderr, text=True
+            ) as process,
+        ):
             assert process.stdout is not None
             output = process.stdout.read()
             _, status, usage = os.wait4(process.pid, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from fedtune.simulation.progress import NullProgress, RoundInfo, StudyInfo
 
@@ -12,17 +13,37 @@ class RoundClock(NullProgress):
 
     def __init__(self, sites: int) -> None:
         self._sites = sites
-        self.began = self.ended = 0.0
+        self._began = self._ended = self._began_cpu = self._ended_cpu = 0.0
         self.seconds: list[float] = []
 
-    def study_started(self, study: StudyInfo) -> None:
+    def study_started(self, study: StudyInfo) -> None:  # noqa: ARG002 - Progress sets the signature
         """Start the clock."""
-        self.began = self.ended = time.perf_counter()
+        self.start()
 
     def round_done(self, result: RoundInfo) -> None:
         """Note a round; one in which a site failed would measure something else."""
         if result.done != self._sites:
             raise RuntimeError(f"round {result.number}: {result.done} of {self._sites} sites; {dict(result.failed)}")
+        self.lap()
+
+    def start(self) -> None:
+        """Begin the first round."""
+        self._began = self._ended = time.perf_counter()
+        self._began_cpu = self._ended_cpu = time.process_time()
+
+    def lap(self) -> None:
+        """End a round and begin the next."""
         now = time.perf_counter()
-        self.seconds.append(now - self.ended)
-        self.ended = now
+        self.seconds.append(now - self._ended)
+        self._ended, self._ended_cpu = now, time.process_time()
+
+    def parts(self, started: float) -> dict[str, Any]:
+        """Return wall and CPU seconds before the first round, of the rounds, and after the last until now."""
+        return {
+            "startup": self._began - started,
+            "rounds": self.seconds,
+            "end": time.perf_counter() - self._ended,
+            "cpu_startup": self._began_cpu,
+            "cpu_rounds": self._ended_cpu - self._began_cpu,
+            "cpu_end": time.process_time() - self._ended_cpu,
+        }

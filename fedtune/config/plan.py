@@ -50,6 +50,7 @@ class ModelPlan(Section):
     architecture: str
     head: Literal["architecture", "pooled", "none"]
     head_init: Literal["zero", "labels"]
+    head_center: Literal["none", "labels"]
     head_scale: float
     dtype: Literal["float32", "bfloat16"]
 

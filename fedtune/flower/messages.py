@@ -206,5 +206,5 @@ def _dump_events(events: tuple[Event, ...]) -> str:
 def _load_events(text: str) -> tuple[Event, ...]:
     try:
         return tuple(Event.from_dict(item) for item in json.loads(text))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise MessageError("wrong-events", "the privacy events of a reply cannot be read") from error

@@ -28,6 +28,7 @@ def adapt(model: nn.Module, lora: LoraSettings, head: str, fresh: Sequence[str])
     """Wrap a model with LoRA; `fresh` are modules the checkpoint did not hold, which are trained and saved in full."""
     from peft import LoraConfig, get_peft_model
 
+    _check_layers(model, lora)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -35,6 +36,7 @@ def adapt(model: nn.Module, lora: LoraSettings, head: str, fresh: Sequence[str])
         target_modules=_targets(model, lora),
         task_type=_TASK_TYPES[head],
         modules_to_save=list(fresh) or None,
+        layers_to_transform=None if lora.layers is None else list(lora.layers),
         bias="none",
         fan_in_fan_out=_uses_conv1d(model),
     )
@@ -60,21 +62,26 @@ def layout_of(parameters: Iterable[tuple[str, tuple[int, ...]]]) -> AdapterLayou
     return AdapterLayout(tuple(sorted((_spec(name, shape) for name, shape in parameters), key=lambda spec: spec.name)))
 
 
-def initial_factors(layout: AdapterLayout, seed: int) -> AdapterState:
-    """Return the LoRA start of a study: A uniform in ±1/√d_in from the plan's seed, B zero.
+def initial_factors(layout: AdapterLayout, start: str, seed: int) -> AdapterState:
+    """Return the LoRA start of a study: B zero, A by `lora.init` from the plan's seed.
 
-    Drawn with NumPy from the seed and the tensor's name, so that a frozen A that is never sent is the same on every
-    machine and under every version of torch (PEFT's own start has the same distribution).
+    `uniform` is ±1/√d_in in each place, PEFT's own distribution. `orthonormal` has orthonormal rows, what `fedsvd`
+    keeps A at; (with rank above d_in the rows are orthonormal columns instead). Drawn with NumPy from the seed and the
+    tensor's name, so that a frozen A that is never sent is the same on every machine and under every version of torch.
     """
-    return {spec.name: _initial(spec, seed) for spec in layout.tensors if spec.role != "head"}
+    return {spec.name: _initial(spec, start, seed) for spec in layout.tensors if spec.role != "head"}
 
 
-def _initial(spec: TensorSpec, seed: int) -> Array:
+def _initial(spec: TensorSpec, start: str, seed: int) -> Array:
     if spec.role == "lora_B":
         return np.zeros(spec.shape, dtype=np.float32)
-    uniform = SeededSource("lora_A", seed, spec.name).uniform(spec.size).reshape(spec.shape)
-    start: Array = ((2.0 * uniform - 1.0) / np.sqrt(spec.shape[1])).astype(np.float32)
-    return start
+    source = SeededSource("lora_A", seed, spec.name)
+    if start == "orthonormal":
+        tall = source.normal(spec.size).reshape(max(spec.shape), min(spec.shape))
+        basis = np.linalg.qr(tall)[0].astype(np.float32)
+        return np.ascontiguousarray(basis.T if basis.shape != spec.shape else basis)
+    drawn: Array = ((2.0 * source.uniform(spec.size) - 1.0) / np.sqrt(spec.shape[1])).astype(np.float32)
+    return drawn.reshape(spec.shape)
 
 
 def _spec(name: str, shape: tuple[int, ...]) -> TensorSpec:
@@ -89,7 +96,8 @@ def _targets(model: nn.Module, lora: LoraSettings) -> str | list[str]:
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     if lora.targets == "all-linear":
-        return "all-linear"
+        # PEFT restricts names to layers, not the word; a head is in no layer, so its name does no harm.
+        return "all-linear" if lora.layers is None else _linear_names(model)
     if lora.targets == "auto":
         known = DEFAULTS.get(getattr(model.config, "model_type", ""))
         return _apart(model, known) if known else "all-linear"
@@ -119,15 +127,29 @@ def _check_every_target(adapted: nn.Module, lora: LoraSettings) -> None:
 
 
 def _no_target(model: nn.Module, lora: LoraSettings) -> ModelError:
-    names = sorted(
-        {_last(name) for name, module in model.named_modules() if _adaptable(module) and "lora_" not in name}
-    )
+    names = _linear_names(model)
     wanted = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     return ModelError(
         "no-target",
         f"lora.targets={wanted} is not wholly in the model; its linear layers are {', '.join(names)}",
         hint="lora.targets=auto or lora.targets=[NAME,…]",
     )
+
+
+def _check_layers(model: nn.Module, lora: LoraSettings) -> None:
+    count = getattr(model.config, "num_hidden_layers", None)
+    missing = [index for index in lora.layers or () if count is not None and index >= count]
+    if missing:
+        raise ModelError(
+            "no-layer",
+            f"lora.layers names layer {missing[0]}; the model has layers 0 to {count - 1}",
+            hint="lora.layers=null adapts all of them",
+        )
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    found = [name for name, module in model.named_modules() if _adaptable(module) and "lora_" not in name]
+    return sorted({_last(name) for name in found})
 
 
 def _adaptable(module: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,7 +19,7 @@ from fedtune.data.templates import render_all
 from fedtune.errors import ModelError
 from fedtune.model.adapters import adapt, initial_factors, layout_of
 from fedtune.model.base import BaseModel
-from fedtune.model.heads import PooledClassifier, start_at
+from fedtune.model.heads import PooledClassifier, start_from_names
 from fedtune.model.layout import AdapterState
 from fedtune.model.workspace import Workspace, named_trainable
 
@@ -33,6 +34,7 @@ class Recipe:
     lora: LoraSettings
     head: str
     head_init: str
+    head_center: str
     head_scale: float
     dtype: str
     seed: int
@@ -60,7 +62,9 @@ def load_tokenizer(base: BaseModel) -> Any:
         return AutoTokenizer.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken folder makes transformers fail in many ways
         raise ModelError(
-            "no-tokenizer", f"{base.folder} has no usable tokenizer", hint="fetch the whole model folder"
+            "no-tokenizer",
+            f"{base.folder} has no usable tokenizer: {_first_line(error)}",
+            hint="fetch the whole model folder",
         ) from error
 
 
@@ -166,9 +170,10 @@ def _finish(model: nn.Module, peft: Any, tokenizer: Any, recipe: Recipe, device:
     parameters = named_trainable(model)
     layout = layout_of((name, tuple(parameter.shape)) for name, parameter in parameters.items())
     workspace = Workspace(model, peft, tokenizer, recipe.task, layout, parameters, {}, device)
-    workspace.load(initial_factors(layout, recipe.seed))
-    if isinstance(model, PooledClassifier) and recipe.head_init == "labels":
-        start_at(model, _label_directions(workspace, model, recipe))
+    workspace.load(initial_factors(layout, recipe.lora.init, recipe.seed))
+    if isinstance(model, PooledClassifier) and "labels" in {recipe.head_init, recipe.head_center}:
+        centre, rows = recipe.head_center == "labels", recipe.head_init == "labels"
+        start_from_names(model, _name_embeddings(workspace, model, recipe), centre=centre, rows=rows)
     return Workspace(model, peft, tokenizer, recipe.task, layout, parameters, _snapshot(workspace), device)
 
 
@@ -177,10 +182,14 @@ def _snapshot(workspace: Workspace) -> AdapterState:
 
 
 @torch.no_grad()
-def _label_directions(workspace: Workspace, classifier: PooledClassifier, recipe: Recipe) -> torch.Tensor:
-    """Return the embedding of each label's name, centred over the labels: reads the label set and no record."""
-    names = [LabelledText(label.replace("_", " ").replace("-", " "), 0) for label in recipe.task.labels]
+def _name_embeddings(workspace: Workspace, classifier: PooledClassifier, recipe: Recipe) -> torch.Tensor:
+    """Return the base model's embedding of each label's name (labels, width)."""
+    names = [LabelledText(_words(label), 0) for label in recipe.task.labels]
     examples = render_all(names, workspace.tokenizer, recipe.task, recipe.max_tokens)
     batch = collate(examples, workspace.pad_id, "classification").to(workspace.device)
-    embedded = classifier.embed(batch.input_ids, batch.attention_mask)
-    return embedded - embedded.mean(0)
+    return classifier.embed(batch.input_ids, batch.attention_mask)
+
+
+def _words(label: str) -> str:
+    """Write a label as words: `Card_arrival?` is "card arrival"; one of other signs only stays as it is."""
+    return " ".join(re.findall(r"\w+", label.replace("_", " ").lower())) or label

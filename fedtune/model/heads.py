@@ -14,19 +14,24 @@ from torch import Tensor, nn
 
 
 class PooledClassifier(nn.Module):
-    """logits = scale · (W · e + b), e = mean over tokens of the last hidden state, L2-normalised.
+    """logits = scale · W · e, e = mean over tokens of the last hidden state, L2-normalised.
+
+    With a `centre` µ, e = (e₀ − µ) / ‖e₀ − µ‖ of that embedding e₀: sentence embeddings share a large common part, which
+    tells no class from another and would take most of the clip norm.
 
     Shapes: `input_ids`, `attention_mask` (batch, tokens) → logits (batch, labels) in float32. A record without tokens
-    has e = 0.
+    has e₀ = 0. No bias: with a normalised embedding it would be one more noisy direction.
     """
+
+    centre: Tensor | None
 
     def __init__(self, backbone: nn.Module, width: int, labels: int, scale: float) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(width, labels)
+        self.head = nn.Linear(width, labels, bias=False)
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
         self.scale = scale
+        self.register_buffer("centre", None)
 
     @property
     def config(self) -> Any:
@@ -37,7 +42,8 @@ class PooledClassifier(nn.Module):
         """Return the normalised embedding of each record (batch, width) in float32."""
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0), dim=-1)
+        embedded = F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0), dim=-1)
+        return embedded if self.centre is None else F.normalize(embedded - self.centre, dim=-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits (batch, labels)."""
@@ -46,7 +52,13 @@ class PooledClassifier(nn.Module):
 
 
 @torch.no_grad()
-def start_at(classifier: PooledClassifier, centres: Tensor) -> None:
-    """Start the head at one direction a label: W = `centres` (labels, width), b = 0."""
-    classifier.head.weight.copy_(centres)
-    classifier.head.bias.zero_()
+def start_from_names(classifier: PooledClassifier, names: Tensor, *, centre: bool, rows: bool) -> None:
+    """Use the embeddings of the label names (labels, width): their mean µ as `centre`, and (n − µ)/‖n − µ‖ as rows of W.
+
+    Reads the label set, which is part of the plan, and no record.
+    """
+    mean = names.mean(0)
+    if rows:
+        classifier.head.weight.copy_(F.normalize(names - mean, dim=-1))
+    if centre:
+        classifier.centre = mean

@@ -25,6 +25,7 @@ from fedtune.run.files import disk_errors, write_whole
 HEAD_FILE = "head.safetensors"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ABOUT_FILE = "fedtune.json"
+CENTRE = "centre"  # what the pooled head subtracts from every embedding: a fact of base and labels, not trained
 
 
 def save_adapter(
@@ -39,7 +40,9 @@ def save_adapter(
     workspace.load(full)
     _save_peft(folder, workspace, plan.model.name)
     if head := {name: full[name] for name in workspace.layout.names if name.startswith("head.")}:
-        write_whole(folder / HEAD_FILE, save(head))
+        centre = getattr(workspace.model, "centre", None)
+        extra = {} if centre is None else {CENTRE: centre.cpu().numpy()}
+        write_whole(folder / HEAD_FILE, save({**head, **extra}))
     write_whole(folder / ABOUT_FILE, (json.dumps(_about(plan), indent=2, ensure_ascii=False) + "\n").encode())
     write_whole(folder / "README.md", render_card(plan, summary).encode())
     _check_saved(folder, full)
@@ -49,8 +52,8 @@ def load_adapter(folder: Path) -> AdapterState:
     """Read a released adapter's tensors by canonical name."""
     try:
         state = load_file(folder / WEIGHTS_FILE)
-        head = folder / HEAD_FILE
-        return {**state, **(load_file(head) if head.exists() else {})}
+        head = load_file(folder / HEAD_FILE) if (folder / HEAD_FILE).exists() else {}
+        return {**state, **{name: tensor for name, tensor in head.items() if name != CENTRE}}
     except (OSError, SafetensorError) as error:
         hint = "finish the study first: fedtune simulate --resume RUN"
         raise RunError("no-adapter", f"{folder} holds no released adapter", hint=hint) from error
@@ -66,7 +69,8 @@ def _save_peft(folder: Path, workspace: Workspace, base: str) -> None:
             workspace.peft.save_pretrained(str(folder), save_embedding_layers=False)
         except SafetensorError as error:
             hint = "free some space, then continue with fedtune simulate --resume RUN"
-            raise RunError("not-written", f"{folder / WEIGHTS_FILE} cannot be written ({error})", hint=hint) from error
+            slug = "disk-full" if "(os error 28)" in str(error) else "not-written"  # safetensors has no errno
+            raise RunError(slug, f"{folder / WEIGHTS_FILE} cannot be written ({error})", hint=hint) from error
 
 
 def _about(plan: StudyPlan) -> dict[str, Any]:

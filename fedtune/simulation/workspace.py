@@ -47,6 +47,7 @@ def recipe_of(plan: StudyPlan) -> Recipe:
         plan.lora,
         model.head,
         model.head_init,
+        model.head_center,
         model.head_scale,
         model.dtype,
         plan.seed,

@@ -110,10 +110,15 @@ def _steps(this: _Round, assignment: Assignment, optimizer: torch.optim.Optimize
             done = (assignment.round - 1) * plan.training.local_steps + local
             with this.workspace.dropout(source):
                 gradient, lost = clipped_or_plain(batches, source)
-            factor = optimizers.schedule_factor(plan.training.schedule, done, plan.total_steps)
+            factor = _rate_factor(plan, done)
             optimizers.step(optimizer, this.parameters, gradient.mean, factor)
             seen, dropped = seen + sum(batch.records for batch in batches), dropped + lost
     return seen, dropped
+
+
+def _rate_factor(plan: StudyPlan, step: int) -> float:
+    noise = optimizers.noise_factor(plan.training.noise_limit, plan.promise.noise_multiplier)
+    return noise * optimizers.schedule_factor(plan.training.schedule, step, plan.total_steps)
 
 
 def _source(plan: StudyPlan, assignment: Assignment) -> RandomSource:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from fedtune.aggregation.algorithms import Algorithm, get_algorithm
 from fedtune.aggregation.averaging import TailAverage
@@ -20,6 +21,7 @@ from fedtune.config.plan import StudyPlan
 from fedtune.errors import FederationError, FedtuneError, MessageError
 from fedtune.flower.messages import Instruction, Update, decode_update
 from fedtune.model.layout import AdapterLayout, AdapterState
+from fedtune.privacy.accounting import Event
 from fedtune.run.folder import RunFolder
 from fedtune.simulation.progress import Progress, RoundInfo
 from fedtune_server.checkpoint import Checkpoint, latest_checkpoint, restore_average, save_checkpoint
@@ -27,6 +29,8 @@ from fedtune_server.exchange import Answer, Exchange
 from fedtune_server.facts import SiteFacts, StudyFacts
 from fedtune_server.scorecard import Evaluator
 from fedtune_server.selection import sites_of_round
+
+_MOST_REPEATS = 100
 
 
 @dataclass(slots=True)
@@ -146,12 +150,30 @@ def _accept(  # noqa: PLR0913, PLR0917 - the parts of one decision
     try:
         if update.site != site.name or update.round != number:
             raise MessageError("wrong-sender", "the update names another site or round")
+        check_events(study.plan, update.events, at_least=study.plan.training.local_steps * (site.rounds + 1))
         validate(update.state, upload, max_norm=study.plan.aggregation.max_update_norm, reference=study.adapter)
         mean.add(update.state, weight)
     except FedtuneError as error:
         return error.code
     site.events = update.events
     return ""
+
+
+def check_events(plan: StudyPlan, events: Iterable[Event], *, at_least: int = 0) -> None:
+    """Refuse events that a site of this plan cannot have spent, because ε is computed from what it says.
+
+    Every event must be of the plan's mechanism. `at_least` are the steps of the rounds whose updates were accepted; the
+    upper bound leaves room for rounds that were repeated and keeps the accountant's work finite.
+    """
+    if plan.promise.mode == "off":
+        return
+    mechanism, steps = plan.promise.event(0), 0
+    for event in events:
+        steps += event.steps
+        if replace(event, steps=0) != mechanism:
+            raise MessageError("wrong-events", "the site's privacy events are not of the plan's mechanism")
+    if not at_least <= steps <= _MOST_REPEATS * plan.promise.max_steps:
+        raise MessageError("wrong-events", f"the site's privacy events add up to {steps} steps, {at_least} are known")
 
 
 def _require_quorum(plan: StudyPlan, asked: list[str], failed: dict[str, str], number: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,16 @@ def kill_often(study: Study, run: Path, wanted: int, seed: int) -> int:
     """Kill at random moments, in the middle of rounds and right after checkpoints until `wanted` kills have hit."""
     draw, kills = random.Random(seed), 0
     while kills < wanted and not (run / "summary.json").exists():
-        process, begun = start(begin_or_resume(study, run)), time.monotonic()
-        spent, saved = run / "sites" / "site-001" / "events.jsonl", newest(run)
-        lines, delay = lines_of(spent), draw.uniform(0.0, 0.5)
-        moments = [
-            lambda: time.monotonic() - begun > delay,
-            lambda: lines_of(spent) > lines,
-            lambda: newest(run) != saved,
-        ]
-        kills += kill_when(process, draw.choice(moments), after=draw.choice([0.0, draw.uniform(0.0, 0.03)]))
+        process = start(begin_or_resume(study, run))
+        kills += kill_when(process, some_moment(run, draw), after=draw.choice([0.0, draw.uniform(0.0, 0.03)]))
     return kills
+
+
+def some_moment(run: Path, draw: random.Random) -> Callable[[], bool]:
+    """Choose a time, the next event that a site writes down, or the next checkpoint."""
+    spent, saved = run / "sites" / "site-001" / "events.jsonl", newest(run)
+    lines, end = lines_of(spent), time.monotonic() + draw.uniform(0.0, 0.5)
+    return draw.choice([lambda: time.monotonic() > end, lambda: lines_of(spent) > lines, lambda: newest(run) != saved])
 
 
 def newest(run: Path) -> str:

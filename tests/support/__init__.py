@@ -1,1 +1,1 @@
-"""What several tests share: tiny models and data, a study without a model's cost, a client application that misbehaves."""
+"""What several tests share: tiny models and data, whole studies without a model's cost, sites that misbehave."""

@@ -52,7 +52,7 @@ def _parameters(bench: Bench, model: torch.nn.Module, adapter: AdapterState) -> 
     found = {name: twin[id(tensor)] for name, tensor in bench.workspace.parameters.items()}
     for name, tensor in found.items():
         tensor.data = torch.from_numpy(np.asarray(adapter[name], dtype=np.float64).copy())
-        tensor.requires_grad_(requires_grad=True)
+        tensor.requires_grad_(True)
     return found
 
 
@@ -64,13 +64,17 @@ def _gradient(bench: Bench, model: torch.nn.Module, example: Example, trained: l
 
 
 def _logits(bench: Bench, model: Any, ids: Tensor) -> Tensor:
-    """Return the logits of one record; the pooled head is W·e/‖e‖ + b over the mean of the last hidden states."""
+    """Return the logits of one record; the pooled head is W·e over the normalised mean of the last hidden states."""
     mask = torch.ones_like(ids)
     if bench.workspace.model is bench.workspace.peft:
         logits: Tensor = model(input_ids=ids, attention_mask=mask).logits[0]
         return logits
     mean = model.backbone(input_ids=ids, attention_mask=mask).last_hidden_state[0].mean(0)
-    scores: Tensor = model.head.weight @ (mean / mean.norm()) + model.head.bias
+    embedding = mean / mean.norm()
+    if bench.workspace.model.centre is not None:
+        embedding = embedding - bench.workspace.model.centre.double()
+        embedding = embedding / embedding.norm()
+    scores: Tensor = model.head.weight @ embedding
     return scores * bench.plan.model.head_scale
 
 
@@ -88,11 +92,13 @@ def _descend(bench: Bench, trained: dict[str, torch.nn.Parameter], gradient: Ten
     for name, tensor in trained.items():
         is_factor = ".lora_A." in name or ".lora_B." in name
         rate = training.learning_rate if is_factor else (training.head_learning_rate or training.learning_rate)
+        if training.noise_limit is not None:
+            rate *= min(1.0, training.noise_limit / bench.plan.privacy["noise_multiplier"])
         tensor.data = tensor.data - rate * gradient[offset : offset + tensor.numel()].view_as(tensor)
         offset += tensor.numel()
 
 
 def _two_digits(count: int) -> int:
     """Round a count to two significant digits."""
-    step = 10 ** max(0, math.floor(math.log10(count)) - 1)
+    step: int = 10 ** max(0, math.floor(math.log10(count)) - 1)
     return round(count / step) * step

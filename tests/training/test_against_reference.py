@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from tests.support.bench import CASES, Bench, make_bench
 from tests.support.reference_round import reference_round
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fedtune.privacy.noise import NoisyGradient
     from fedtune.privacy.random import RandomSource
 
-MakeBench = "Callable[..., Bench]"
+MakeBench = Callable[..., Bench]
 
 
 def error(found: AdapterState, expected: dict[str, NDArray[np.float64]], start: AdapterState) -> float:
@@ -52,9 +52,7 @@ def test_a_round_with_frozen_a_equals_the_reference(bench: MakeBench, algorithm:
 
 
 @pytest.mark.parametrize(("architecture", "head"), [("bert", "pooled"), ("llama", "none")])
-def test_a_round_without_privacy_equals_plain_summed_gradients(
-    bench: MakeBench, architecture: str, head: str
-) -> None:
+def test_a_round_without_privacy_equals_plain_summed_gradients(bench: MakeBench, architecture: str, head: str) -> None:
     site = bench(architecture, head).plan_with(privacy__mode="off")
     assert distance(site) < 1e-5
     assert site.round().event is None
@@ -62,6 +60,16 @@ def test_a_round_without_privacy_equals_plain_summed_gradients(
 
 def test_the_head_has_its_own_learning_rate(bench: MakeBench) -> None:
     assert distance(bench().plan_with(training__head_learning_rate=3.0)) < 1e-5
+
+
+@pytest.mark.parametrize("limit", [0.1, 10.0])
+def test_above_the_noise_limit_the_rate_falls(bench: MakeBench, limit: float) -> None:
+    assert distance(bench().plan_with(training__noise_limit=limit)) < 1e-5
+
+
+def test_a_round_from_the_label_names_equals_the_reference(tmp_path: Path) -> None:
+    changes = {"model__head_init": "labels", "model__head_center": "labels", "lora__init": "orthonormal"}
+    assert distance(make_bench(tmp_path, model__head_scale=10.0, **changes)) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["dp", "off"])
@@ -100,7 +108,7 @@ def test_a_nan_record_contributes_zero_and_is_counted(poisoned: Bench) -> None:
 
 def test_control_without_privacy_the_nan_record_poisons_the_update(poisoned: Bench) -> None:
     result = poisoned.plan_with(privacy__mode="off").round()
-    assert np.isnan(result.state["head.bias"]).any()
+    assert np.isnan(result.state["head.weight"]).any()
 
 
 # --- planted bugs: each is put into the site's own code, and the comparison must fail -------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,14 +19,13 @@ from fedtune.training.evaluate import evaluate
 from tests.support.bench import CASES, Bench, summary_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 every_case = pytest.mark.parametrize(("architecture", "head"), CASES)
 one_of_each = pytest.mark.parametrize(
     ("architecture", "head"), [("bert", "pooled"), ("deberta", "architecture"), ("gpt2", "none"), ("llama", "none")]
 )
-MakeBench = "Callable[..., Bench]"
+MakeBench = Callable[..., Bench]
 
 
 def batch_of(bench: Bench, records: int = 5) -> Batch:
@@ -74,7 +74,11 @@ def test_the_saved_adapter_is_the_live_one_and_plain_peft_predicts_the_same(
 
 def elsewhere(site: Bench, released: Path) -> Tensor:
     """Predict with transformers and peft alone, from the base's folder and the released one."""
-    kinds = {"pooled": "AutoModel", "none": "AutoModelForCausalLM", "architecture": "AutoModelForSequenceClassification"}
+    kinds = {
+        "pooled": "AutoModel",
+        "none": "AutoModelForCausalLM",
+        "architecture": "AutoModelForSequenceClassification",
+    }
     extra = {"num_labels": len(site.plan.task.labels)} if site.plan.model.head == "architecture" else {}
     loader = getattr(transformers, kinds[site.plan.model.head])
     base = loader.from_pretrained(site.machine.model_folder, local_files_only=True, **extra)
@@ -88,7 +92,10 @@ def elsewhere(site: Bench, released: Path) -> Tensor:
 def pooled_by_hand(output: Any, batch: Batch, released: Path) -> Tensor:
     head, mask = load_file(released / HEAD_FILE), batch.attention_mask[..., None]
     mean = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
-    return nn.functional.normalize(mean) @ head["head.weight"].T + head["head.bias"]
+    embedding = nn.functional.normalize(mean)
+    if "centre" in head:
+        embedding = nn.functional.normalize(embedding - head["centre"])
+    return embedding @ head["head.weight"].T
 
 
 @pytest.mark.parametrize("algorithm", ["ffa", "fedsvd"])

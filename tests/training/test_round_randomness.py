@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from fedtune.model.layout import AdapterState
 
-MakeBench = "Callable[..., Bench]"
+MakeBench = Callable[..., Bench]
 
 
 def equal(one: AdapterState, other: AdapterState) -> bool:

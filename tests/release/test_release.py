@@ -1,0 +1,161 @@
+"""What leaves a study: readable elsewhere, equal to what was trained, and without a trace of the machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.numpy import load_file, save_file
+
+from fedtune.data.batches import collate
+from fedtune.errors import ModelError, RunError
+from fedtune.release.adapter import load_adapter, save_adapter
+from tests.support.bench import Bench, summary_of
+
+if TYPE_CHECKING:
+    from fedtune.model.layout import AdapterState
+
+
+def release(site: Bench, folder: Path, adapter: AdapterState | None = None) -> Path:
+    save_adapter(folder, site.workspace, adapter or site.alive(), site.plan, summary_of(site.plan, accuracy=0.5))
+    return folder
+
+
+def test_the_folder_holds_peft_files_head_card_and_facts(pooled: Bench, tmp_path: Path) -> None:
+    folder = release(pooled, tmp_path / "adapter")
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "head.safetensors",
+        "fedtune.json",
+        "README.md",
+    }
+
+
+def test_a_language_model_needs_no_head_file(language: Bench, tmp_path: Path) -> None:
+    assert not (release(language, tmp_path / "adapter") / "head.safetensors").exists()
+
+
+def test_what_is_read_back_is_what_was_released(pooled: Bench, tmp_path: Path) -> None:
+    adapter = pooled.alive()
+    saved = load_adapter(release(pooled, tmp_path / "adapter", adapter))
+    assert saved.keys() == adapter.keys()
+    assert all(np.array_equal(saved[name], adapter[name]) for name in adapter)
+
+
+def test_head_and_centre_are_enough_to_predict_without_fedtune(pooled: Bench, tmp_path: Path) -> None:
+    folder = release(pooled, tmp_path / "adapter")
+    head = load_file(folder / "head.safetensors")
+    pooled.workspace.load(pooled.alive())
+    batch = collate(pooled.examples[:4], pooled.workspace.pad_id, "classification")
+    with torch.no_grad():
+        logits = pooled.workspace.logits(batch).numpy()
+        hidden = pooled.workspace.peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    mask = batch.attention_mask.numpy()[..., None]
+    mean = (hidden.last_hidden_state.numpy() * mask).sum(1) / mask.sum(1)
+    centred = mean / np.linalg.norm(mean, axis=1, keepdims=True) - head["centre"]
+    expected = centred / np.linalg.norm(centred, axis=1, keepdims=True) @ head["head.weight"].T
+    assert np.allclose(logits, expected, atol=1e-5)
+
+
+def test_no_file_names_a_place_of_this_machine(pooled: Bench, language: Bench, tmp_path: Path) -> None:
+    for number, site in enumerate((pooled, language)):
+        folder = release(site, tmp_path / f"adapter-{number}")
+        places = {str(tmp_path), str(Path(site.machine.model_folder).parent), str(Path.cwd()), str(Path.home())} - {"/"}
+        for path in folder.iterdir():
+            content = path.read_bytes()
+            assert not [place for place in places if place.encode() in content], path.name
+
+
+def test_the_configuration_is_plain_peft_and_names_the_base_as_the_plan_does(pooled: Bench, tmp_path: Path) -> None:
+    folder = release(pooled, tmp_path / "adapter")
+    config = LoraConfig.from_pretrained(str(folder))
+    assert (config.r, config.lora_alpha, config.bias) == (2, 4.0, "none")
+    assert config.base_model_name_or_path == pooled.plan.model.name
+    assert config.inference_mode
+
+
+def test_the_facts_identify_plan_task_and_base(pooled: Bench, tmp_path: Path) -> None:
+    about = json.loads((release(pooled, tmp_path / "adapter") / "fedtune.json").read_text())
+    assert about["plan_sha256"] == pooled.plan.sha256
+    assert about["task"] == pooled.plan.data.task
+    assert about["base"]["sha256"] == pooled.plan.model.sha256
+
+
+def test_a_release_overwrites_an_older_one_whole(pooled: Bench, tmp_path: Path) -> None:
+    """As when a study is resumed that died while it released."""
+    release(pooled, tmp_path / "adapter", pooled.alive(seed=1))
+    newer = pooled.alive(seed=2)
+    saved = load_adapter(release(pooled, tmp_path / "adapter", newer))
+    assert all(np.array_equal(saved[name], newer[name]) for name in newer)
+
+
+def test_saving_asks_nobody_about_the_base(pooled: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default peft asks the Hub whether the base's vocabulary has grown; a site must not name its model there."""
+
+    def asked(*args: Any, **kwargs: Any) -> None:
+        pytest.fail(f"the network was asked for {args}")
+
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", asked)
+    monkeypatch.setattr("socket.socket.connect", asked)
+    release(pooled, tmp_path / "adapter")
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_never_moved_is_refused(pooled: Bench, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.dead-adapter") as caught:
+        release(pooled, tmp_path / "adapter", pooled.workspace.initial)
+    assert caught.value.hint
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_library_that_saves_other_numbers_is_noticed(
+    pooled: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one pair of Opacus and PEFT versions did, which trained and saved an adapter that was dead."""
+    right = pooled.workspace.peft.save_pretrained
+
+    def stale(folder: str, **options: Any) -> None:
+        right(folder, **options)
+        path = Path(folder) / "adapter_model.safetensors"
+        save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path)
+
+    monkeypatch.setattr(pooled.workspace.peft, "save_pretrained", stale)
+    with pytest.raises(ModelError, match=r"model\.not-saved"):
+        release(pooled, tmp_path / "adapter")
+
+
+def test_a_library_that_leaves_tensors_out_is_noticed(
+    pooled: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = pooled.workspace.peft.save_pretrained
+
+    def partial(folder: str, **options: Any) -> None:
+        right(folder, **options)
+        path = Path(folder) / "adapter_model.safetensors"
+        save_file(dict(list(load_file(path).items())[1:]), path)
+
+    monkeypatch.setattr(pooled.workspace.peft, "save_pretrained", partial)
+    with pytest.raises(ModelError, match=r"model\.not-saved"):
+        release(pooled, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
+def test_a_folder_without_a_whole_adapter_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(RunError, match=r"run\.no-adapter"):
+        load_adapter(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_named(pooled: Bench, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="file"):
+        release(pooled, tmp_path / "file" / "adapter")
