@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     options.parts = options.parts or ["trivial", "real"]
     if options.quick:
-        options.sites, options.rounds, options.repeats, options.no_ray, options.parts = [5, 50], 2, 1, True, ["trivial"]
+        options.sites, options.rounds, options.repeats, options.no_ray, options.parts = [20], 2, 1, True, ["trivial"]
     result: dict[str, Any] = {"machine": machine()}
     if "trivial" in options.parts:
         result["trivial"] = trivial(options)
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--real-rounds", type=int, default=2, help="rounds of the real study")
     parser.add_argument("--threads", type=int, default=1, help="threads of the real study")
     parser.add_argument("--no-ray", action="store_true", help="leave Flower's Ray engine out")
-    parser.add_argument("--quick", action="store_true", help="seconds: two small sizes, no Ray, no real study")
+    parser.add_argument("--quick", action="store_true", help="seconds: one small size, no Ray, no real study")
     parser.add_argument("--format", choices=["text", "markdown", "json"], default="text")
     parser.add_argument("--markdown", action="store_const", const="markdown", dest="format", help="--format markdown")
     return parser

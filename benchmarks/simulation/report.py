@@ -19,10 +19,27 @@ def render(result: dict[str, Any], form: str) -> str:
     parts = ["; ".join(f"{name} {value}" for name, value in result["machine"].items())]
     if "trivial" in result:
         parts += [table(_trivial_head(), [_trivial_row(row) for row in result["trivial"]["rows"]])]
+        parts += _split(result["trivial"]["rows"])
         parts += [f"Ray left out: {result['trivial']['ray_skipped']}"] if result["trivial"]["ray_skipped"] else []
     if "real" in result:
         parts += [_real(result["real"], table)]
     return "\n\n".join(parts)
+
+
+def _split(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what one more site costs, and what a round costs whatever its sites, by its smallest and largest size."""
+    first, last = rows[0], rows[-1]
+    more = last["sites"] - first["sites"]
+    if more <= 0:
+        return []
+    each = (last["inprocess"]["seconds"] - first["inprocess"]["seconds"]) / more
+    fixed = first["inprocess"]["seconds"] - each * first["sites"]
+    peak = last["inprocess"]["peak_mb"] - first["inprocess"]["peak_mb"]
+    text = (
+        f"One more site: {1e3 * each:.2f} ms a round. A round whatever its sites (checkpoint on disk, ε, log): "
+        f"{1e3 * fixed:.1f} ms. Peak memory from {first['sites']} to {last['sites']} sites: {peak:+.1f} MB."
+    )
+    return [text]
 
 
 def _trivial_head() -> Row:

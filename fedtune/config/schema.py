@@ -142,8 +142,9 @@ class TrainingSettings(Section):
 
     `physical_batch` bounds how many records are in memory at once and does not change the mathematics. `learning_rate`
     is the site optimiser's; `head_learning_rate` replaces it for the head. `schedule` shapes both over the rounds.
-    `noise_limit` is the noise multiplier σ up to which the rates are used in full; above it they fall as
-    `noise_limit`/σ, so that one study file serves every ε (σ is public, so this costs no privacy).
+    `noise_limit` is the standard deviation of the noise in a site's mean gradient, σC/(qN), up to which the rates are
+    used in full; above it they fall in proportion, so that one study file serves every ε and every size of site (σ, C,
+    q and the rounded N are public, so this costs no privacy).
     `optimizer_state=keep` carries the site optimiser's moments to the site's next round.
     """
 

@@ -137,8 +137,8 @@ def _no_target(model: nn.Module, lora: LoraSettings) -> ModelError:
 
 
 def _check_layers(model: nn.Module, lora: LoraSettings) -> None:
-    count = getattr(model.config, "num_hidden_layers", None)
-    missing = [index for index in lora.layers or () if count is not None and index >= count]
+    count = int(getattr(model.config, "num_hidden_layers", 0))
+    missing = [index for index in lora.layers or () if index >= count > 0]
     if missing:
         raise ModelError(
             "no-layer",

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class PooledClassifier(nn.Module):
     """logits = scale · W · e, e = mean over tokens of the last hidden state, L2-normalised.
 
-    With a `centre` µ, e = (e₀ − µ) / ‖e₀ − µ‖ of that embedding e₀: sentence embeddings share a large common part, which
-    tells no class from another and would take most of the clip norm.
+    With a `centre` µ, e = (e₀ − µ) / ‖e₀ − µ‖ of that embedding e₀: sentence embeddings share a large common part,
+    which tells no class from another and would take most of the clip norm.
 
     Shapes: `input_ids`, `attention_mask` (batch, tokens) → logits (batch, labels) in float32. A record without tokens
     has e₀ = 0. No bias: with a normalised embedding it would be one more noisy direction.
@@ -53,7 +53,7 @@ class PooledClassifier(nn.Module):
 
 @torch.no_grad()
 def start_from_names(classifier: PooledClassifier, names: Tensor, *, centre: bool, rows: bool) -> None:
-    """Use the embeddings of the label names (labels, width): their mean µ as `centre`, and (n − µ)/‖n − µ‖ as rows of W.
+    """Use the embeddings n of the label names (labels, width): their mean µ as `centre`, (n − µ)/‖n − µ‖ as rows of W.
 
     Reads the label set, which is part of the plan, and no record.
     """

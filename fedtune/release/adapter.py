@@ -36,7 +36,7 @@ def save_adapter(
     Errors: `model.dead-adapter` when training changed nothing, `model.not-saved` when the folder holds other numbers.
     """
     full = {**workspace.initial, **adapter}
-    _refuse_dead(workspace, full)
+    _refuse_dead(workspace, full, private=plan.promise.mode == "dp")
     workspace.load(full)
     _save_peft(folder, workspace, plan.model.name)
     if head := {name: full[name] for name in workspace.layout.names if name.startswith("head.")}:
@@ -83,10 +83,17 @@ def _about(plan: StudyPlan) -> dict[str, Any]:
     }
 
 
-def _refuse_dead(workspace: Workspace, adapter: AdapterState) -> None:
-    """Refuse an adapter in which no B has moved from zero."""
-    factors = [spec.name for spec in workspace.layout.tensors if spec.role == "lora_B"]
-    if factors and not any(np.any(adapter[name]) for name in factors):
+def _refuse_dead(workspace: Workspace, adapter: AdapterState, *, private: bool) -> None:
+    """Refuse an adapter in which no B has moved from zero.
+
+    Noise moves every B. Without noise a head that has moved may do alone: one that starts at zero passes no gradient
+    on in the first step, and one that solves the task passes none on afterwards.
+    """
+    tensors = workspace.layout.tensors
+    lives = any(np.any(adapter[spec.name]) for spec in tensors if spec.role == "lora_B")
+    heads = [spec.name for spec in tensors if spec.role == "head"]
+    learnt = any(not np.array_equal(adapter[name], workspace.initial[name]) for name in heads)
+    if not lives and (private or not learnt):
         raise ModelError(
             "dead-adapter", "every LoRA B is still zero after training", hint="raise training.learning_rate"
         )

@@ -110,14 +110,16 @@ def _steps(this: _Round, assignment: Assignment, optimizer: torch.optim.Optimize
             done = (assignment.round - 1) * plan.training.local_steps + local
             with this.workspace.dropout(source):
                 gradient, lost = clipped_or_plain(batches, source)
-            factor = _rate_factor(plan, done)
+            factor = _rate_factor(plan, done, len(this.examples))
             optimizers.step(optimizer, this.parameters, gradient.mean, factor)
             seen, dropped = seen + sum(batch.records for batch in batches), dropped + lost
     return seen, dropped
 
 
-def _rate_factor(plan: StudyPlan, step: int) -> float:
-    noise = optimizers.noise_factor(plan.training.noise_limit, plan.promise.noise_multiplier)
+def _rate_factor(plan: StudyPlan, step: int, units: int) -> float:
+    """Return the factor on the learning rates at one step: made of public numbers only."""
+    std = plan.promise.noise_multiplier * plan.promise.clip_norm / plan.promise.expected_batch(units)
+    noise = optimizers.noise_factor(plan.training.noise_limit, std)
     return noise * optimizers.schedule_factor(plan.training.schedule, step, plan.total_steps)
 
 

@@ -45,9 +45,9 @@ def schedule_factor(schedule: str, step: int, total: int) -> float:
     return 1.0
 
 
-def noise_factor(limit: float | None, noise_multiplier: float) -> float:
-    """Return the factor on the learning rate for a noise multiplier: 1 up to `limit`, `limit`/σ above, 1 without one."""
-    return 1.0 if limit is None or noise_multiplier <= limit else limit / noise_multiplier
+def noise_factor(limit: float | None, noise_std: float) -> float:
+    """Return the factor on the learning rate for noise of `noise_std` in the mean gradient: 1 up to `limit`."""
+    return 1.0 if limit is None or noise_std <= limit else limit / noise_std
 
 
 def step(optimizer: torch.optim.Optimizer, parameters: Named, gradient: Tensor, factor: float) -> None:

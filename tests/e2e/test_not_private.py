@@ -31,7 +31,7 @@ def test_a_study_without_privacy_says_so_in_every_output(study: Study, tmp_path:
 
 def test_plan_evaluate_predict_and_a_sweep_of_it_say_so_too(study: Study, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = study.words("federation.rounds=1", "privacy=off")
+    words = study.words("privacy=off")
     assert "NOT PRIVATE" in command("simulate", *words, f"run.dir={run}", "--format", "json").out
     assert command("simulate", *words, "seed=1,2").out.count("NOT PRIVATE") == 2
     assert "NOT PRIVATE" in command("plan", *words).out

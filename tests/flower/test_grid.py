@@ -1,4 +1,4 @@
-"""Sites in one process behave like sites far away: in order, on time, apart from each other, and silent when they fail."""
+"""Sites in one process behave like sites far away: in order, in time, apart from each other, silent when they fail."""
 
 from __future__ import annotations
 
@@ -138,13 +138,9 @@ def everything_in(value: Any, seen: set[int] | None = None) -> str:
     if id(value) in seen:
         return ""
     seen.add(id(value))
-    parts = [repr(value)]
-    for part in (*getattr(value, "__dict__", {}).values(), *getattr(value, "args", ())):
-        parts.append(everything_in(part, seen))
-    parts.extend(
-        everything_in(getattr(value, name, None), seen) for name in ("__cause__", "__context__", "__traceback__")
-    )
-    return " ".join(parts)
+    held = [getattr(value, name, None) for name in ("__cause__", "__context__", "__traceback__")]
+    held += [*getattr(value, "__dict__", {}).values(), *getattr(value, "args", ())]
+    return " ".join([repr(value), *(everything_in(part, seen) for part in held)])
 
 
 def test_the_text_of_an_exception_is_nowhere_in_the_reply(make_grid: MakeGrid) -> None:

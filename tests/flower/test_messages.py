@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedtune.errors import DataError, FedtuneError, MessageError
+from fedtune.errors import DataError, FedtuneError
 from fedtune.evaluation.metrics import Confusion, Tally
 from fedtune.flower.arrays import SERIALISATION, to_record
 from fedtune.flower.messages import (
@@ -166,7 +166,7 @@ BROKEN = {
     "events that nest": (lambda: changed(update(), events="[" * 900_000), "message.wrong-events"),
     "an event with a text for a number": (
         lambda: changed(update(), events=json.dumps([{**EVENTS[0].to_dict(), "noise_multiplier": "x"}])),
-        "message.wrong-events",
+        "privacy.event",
     ),
     "an event with a field more": (
         lambda: changed(update(), events=json.dumps([{**EVENTS[0].to_dict(), "also": 1}])),
@@ -209,13 +209,19 @@ scalars = st.one_of(
 )
 
 
+def code_of(decode: Any, content: RecordDict) -> str:
+    """Return the code with which content is refused, or an empty string; any other exception comes through."""
+    try:
+        decode(content, PLAN)
+    except FedtuneError as error:
+        return error.code
+    return ""
+
+
 @given(st.dictionaries(st.sampled_from(["schema", "kind", "plan_sha256", "site", "round", "events", "code"]), scalars))
 def test_any_header_decodes_or_is_refused_and_nothing_else(fields: dict[str, Any]) -> None:
     for decode in (decode_update, decode_description, decode_evaluation, decode_instruction):
-        try:
-            decode(changed(update(), **fields), PLAN)
-        except FedtuneError as error:
-            assert error.code.startswith(("message.", "privacy."))
+        assert code_of(decode, changed(update(), **fields)).partition(".")[0] in {"", "message", "privacy"}
 
 
 @given(
@@ -224,7 +230,5 @@ def test_any_header_decodes_or_is_refused_and_nothing_else(fields: dict[str, Any
     st.binary(max_size=64),
 )
 def test_any_array_decodes_or_is_refused_and_nothing_else(dtype: str, shape: tuple[int, ...], data: bytes) -> None:
-    try:
-        decode_update(with_array(dtype=dtype, shape=shape, data=data), PLAN)
-    except MessageError as error:
-        assert error.code in {"message.wrong-dtype", "message.wrong-shape"}
+    code = code_of(decode_update, with_array(dtype=dtype, shape=shape, data=data))
+    assert code in {"", "message.wrong-dtype", "message.wrong-shape"}

@@ -116,6 +116,16 @@ def test_an_adapter_that_never_moved_is_refused(pooled: Bench, tmp_path: Path) -
     assert not (tmp_path / "adapter").exists()
 
 
+def test_a_head_may_have_learnt_alone_without_privacy_but_not_under_noise(pooled: Bench, tmp_path: Path) -> None:
+    """Noise moves every B, so a private B at zero was never trained; without noise a head can leave it nothing to do."""
+    adapter = {**pooled.workspace.initial, "head.weight": pooled.workspace.initial["head.weight"] + 1}
+    with pytest.raises(ModelError, match=r"model\.dead-adapter"):
+        release(pooled, tmp_path / "private", adapter)
+    release(pooled.plan_with(privacy__mode="off"), tmp_path / "off", adapter)
+    with pytest.raises(ModelError, match=r"model\.dead-adapter"):
+        release(pooled.plan_with(privacy__mode="off"), tmp_path / "still", pooled.workspace.initial)
+
+
 def test_a_library_that_saves_other_numbers_is_noticed(
     pooled: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,8 +13,16 @@ from flwr.app import ConfigRecord, RecordDict
 from fedtune.errors import DataError, FederationError
 from fedtune.flower.messages import Refusal, Update, encode_reply, refusal_of
 from fedtune.privacy.accounting import epsilon
+from fedtune.simulation.workspace import open_workspace
 from fedtune_server.selection import sites_of_round
-from tests.support.studies import site_name
+from tests.support.studies import TinyStudy, site_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fedtune.model.layout import AdapterState
+
+    MakeStudy = Callable[..., TinyStudy]
 
 BAD = site_name(1)
 CANARY = "patient 4711 has"
@@ -79,7 +88,7 @@ TWISTS = {
 }
 
 
-def assert_mean_of(study, names, rounds=2):
+def assert_mean_of(study: TinyStudy, names: list[str], rounds: int = 2) -> None:
     """Every round moves every number of the adapter by the mean of the accepted sites' shifts."""
     start = study_start(study)
     step = np.mean([study.sites.shift(name) for name in names], dtype=np.float64)
@@ -87,14 +96,12 @@ def assert_mean_of(study, names, rounds=2):
         np.testing.assert_allclose(array, start[name] + rounds * step, rtol=0, atol=1e-6, err_msg=name)
 
 
-def study_start(study):
-    from fedtune.simulation.workspace import open_workspace
-
+def study_start(study: TinyStudy) -> AdapterState:
     return open_workspace(study.plan, study.machine).initial
 
 
 @pytest.mark.parametrize("kind", TWISTS)
-def test_a_bad_reply_is_refused_named_and_counted_and_the_rest_is_averaged(make_study, kind):
+def test_a_bad_reply_is_refused_named_and_counted_and_the_rest_is_averaged(make_study: MakeStudy, kind: str) -> None:
     study = make_study()
     twist, code = TWISTS[kind]
     study.sites.twists = {(BAD, 1): twist, (BAD, 2): twist}
@@ -108,24 +115,24 @@ def test_a_bad_reply_is_refused_named_and_counted_and_the_rest_is_averaged(make_
     assert_mean_of(study, [site_name(index) for index in (0, 2, 3)])
 
 
-def test_without_a_bad_reply_all_sites_are_averaged(make_study):
+def test_without_a_bad_reply_all_sites_are_averaged(make_study: MakeStudy) -> None:
     study = make_study()
     study.start()
     assert_mean_of(study, [site_name(index) for index in range(4)])
 
 
-def test_without_the_norm_bound_the_oversized_reply_would_take_the_study_over(make_study):
+def test_without_the_norm_bound_the_oversized_reply_would_take_the_study_over(make_study: MakeStudy) -> None:
     study = make_study("aggregation.max_update_norm=1e9")
     study.sites.twists = {(BAD, 1): lambda update: encode_reply(changed(update, 2e4))}
     study.start()
     assert max(np.abs(array).max() for array in study.adapter().values()) > 1e3
 
 
-def test_a_site_that_answers_after_the_deadline_is_left_out(make_study):
+def test_a_site_that_answers_after_the_deadline_is_left_out(make_study: MakeStudy) -> None:
     study = make_study("federation.deadline=0.4")
     late = site_name(3)  # sites work one after another here, so it must be the last
 
-    def slow(update):
+    def slow(update: Update) -> RecordDict:
         time.sleep(0.5)
         return encode_reply(update)
 
@@ -135,7 +142,7 @@ def test_a_site_that_answers_after_the_deadline_is_left_out(make_study):
     assert {site["name"]: site["rounds"] for site in summary["sites"]}[late] == 1
 
 
-def test_no_text_of_a_failure_reaches_the_run_folder(make_study):
+def test_no_text_of_a_failure_reaches_the_run_folder(make_study: MakeStudy) -> None:
     study = make_study()
     study.sites.twists = {(BAD, 1): crash, (BAD, 2): fail_as_expected}
     study.start()
@@ -144,14 +151,14 @@ def test_no_text_of_a_failure_reaches_the_run_folder(make_study):
     assert not any(CANARY.encode() in content for content in written)
 
 
-def test_a_refusal_cannot_carry_a_long_text(make_study):
+def test_a_refusal_cannot_carry_a_long_text(make_study: MakeStudy) -> None:
     study = make_study()
     study.sites.twists = {(BAD, 1): lambda update: encode_reply(Refusal("x" * 1000))}
     study.start()
     assert study.lines()[0]["failed"] == {BAD: "x" * 64}
 
 
-def test_without_quorum_the_study_stops_with_the_causes_and_can_go_on(make_study):
+def test_without_quorum_the_study_stops_with_the_causes_and_can_go_on(make_study: MakeStudy) -> None:
     study, whole = make_study("federation.rounds=3"), make_study("federation.rounds=3")
     study.sites.twists = {(site_name(index), 2): crash for index in range(3)}
     with pytest.raises(FederationError) as caught:
@@ -169,7 +176,7 @@ def test_without_quorum_the_study_stops_with_the_causes_and_can_go_on(make_study
     assert all(np.array_equal(study.adapter()[name], array) for name, array in whole.adapter().items())
 
 
-def test_a_repeated_round_is_charged_to_those_who_had_trained_it(make_study):
+def test_a_repeated_round_is_charged_to_those_who_had_trained_it(make_study: MakeStudy) -> None:
     study = make_study()
     study.sites.twists = {(site_name(index), 2): crash for index in range(3)}
     with pytest.raises(FederationError):
@@ -180,7 +187,7 @@ def test_a_repeated_round_is_charged_to_those_who_had_trained_it(make_study):
     assert all(site["epsilon"] == epsilon([promise.event(3)], promise.delta) for site in summary["sites"])
 
 
-def test_a_lost_reply_is_in_the_final_epsilon(make_study):
+def test_a_lost_reply_is_in_the_final_epsilon(make_study: MakeStudy) -> None:
     study = make_study()
     study.sites.twists = {(BAD, 2): crash}
     summary = study.start()
@@ -196,7 +203,7 @@ def test_a_lost_reply_is_in_the_final_epsilon(make_study):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_each_round_asks_the_sites_that_anybody_can_compute_from_the_plan(make_study, seed):
+def test_each_round_asks_the_sites_that_anybody_can_compute_from_the_plan(make_study: MakeStudy, seed: int) -> None:
     study = make_study("federation.sites_per_round=2", "federation.rounds=6", f"seed={seed}")
     summary = study.start()
     names = [site_name(index) for index in range(4)]
@@ -207,7 +214,7 @@ def test_each_round_asks_the_sites_that_anybody_can_compute_from_the_plan(make_s
     assert sum(site["rounds"] for site in summary["sites"]) == 12
 
 
-def test_weights_are_the_plans_whatever_counts_the_sites_claim(make_study):
+def test_weights_are_the_plans_whatever_counts_the_sites_claim(make_study: MakeStudy) -> None:
     study = make_study("aggregation.weights=[4,3,2,1]", "federation.rounds=1")
     study.sites.units = {site_name(3): 10**15}
     study.start()
@@ -217,7 +224,7 @@ def test_weights_are_the_plans_whatever_counts_the_sites_claim(make_study):
         np.testing.assert_allclose(array, start[name] + step, rtol=0, atol=1e-6)
 
 
-def test_the_weights_of_a_round_that_misses_sites_are_renormalised(make_study):
+def test_the_weights_of_a_round_that_misses_sites_are_renormalised(make_study: MakeStudy) -> None:
     study = make_study("aggregation.weights=[4,3,2,1]", "federation.rounds=1")
     study.sites.twists = {(site_name(0), 1): crash}
     study.start()
@@ -227,14 +234,14 @@ def test_the_weights_of_a_round_that_misses_sites_are_renormalised(make_study):
         np.testing.assert_allclose(array, start[name] + step, rtol=0, atol=1e-6)
 
 
-def test_two_nodes_with_one_name_count_as_one_site(make_study):
+def test_two_nodes_with_one_name_count_as_one_site(make_study: MakeStudy) -> None:
     study = make_study("federation.rounds=1")
     study.sites.names = {3: site_name(0)}
     summary = study.start()
     assert [site["name"] for site in summary["sites"]] == [site_name(index) for index in range(3)]
 
 
-def test_a_study_of_sites_that_do_not_answer_says_so(make_study):
+def test_a_study_of_sites_that_do_not_answer_says_so(make_study: MakeStudy) -> None:
     study = make_study()
     study.sites.names = dict.fromkeys(range(4), "bank-0")
     with pytest.raises(FederationError) as caught:
@@ -243,14 +250,14 @@ def test_a_study_of_sites_that_do_not_answer_says_so(make_study):
     assert "message.duplicate-site" in caught.value.message
 
 
-def test_evaluation_of_all_sites_is_the_tally_of_all_records(make_study):
+def test_evaluation_of_all_sites_is_the_tally_of_all_records(make_study: MakeStudy) -> None:
     study = make_study("evaluation.site_metrics=clear")
     summary = study.start()
     assert summary["metrics"]["final"]["accuracy"] == 0.5
     assert all(site["metrics"]["final"]["accuracy"] == 0.5 for site in summary["sites"])
 
 
-def test_traffic_is_what_the_messages_hold(make_study):
+def test_traffic_is_what_the_messages_hold(make_study: MakeStudy) -> None:
     study = make_study("federation.rounds=1")
     summary = study.start()
     line = study.lines()[0]

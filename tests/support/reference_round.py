@@ -93,7 +93,9 @@ def _descend(bench: Bench, trained: dict[str, torch.nn.Parameter], gradient: Ten
         is_factor = ".lora_A." in name or ".lora_B." in name
         rate = training.learning_rate if is_factor else (training.head_learning_rate or training.learning_rate)
         if training.noise_limit is not None:
-            rate *= min(1.0, training.noise_limit / bench.plan.privacy["noise_multiplier"])
+            terms = bench.plan.privacy
+            batch = terms["sampling_rate"] * _two_digits(len(bench.examples))
+            rate *= min(1.0, training.noise_limit * batch / (terms["noise_multiplier"] * terms["clip_norm"]))
         tensor.data = tensor.data - rate * gradient[offset : offset + tensor.numel()].view_as(tensor)
         offset += tensor.numel()
 

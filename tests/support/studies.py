@@ -1,4 +1,4 @@
-"""Whole studies through the coordinator's own loop, with sites whose answers are written by the test: nothing trains."""
+"""Whole studies through the coordinator's own loop, with sites whose answers a test writes: nothing trains."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ _FIXED = [
     "data.label=category",
     "model.head=pooled",
     "model.head_init=zero",
-    "training=full_batch",
-    "aggregation=fedit",
+    "training.sampling_rate=1",
+    "training.local_steps=1",
+    "aggregation.algorithm=fedit",
+    "aggregation.server_optimizer=fedavg",
     "privacy.delta=1e-3",
     "evaluation.site_metrics=off",
     "run.threads=1",

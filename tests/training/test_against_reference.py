@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from fedtune.errors import PrivacyError
 from fedtune.privacy.clipping import ClippedSum
 from fedtune.training import local
 from tests.support.bench import CASES, Bench, make_bench
 from tests.support.reference_round import reference_round
+from tests.support.tiny import tiny_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,11 +60,31 @@ def test_a_round_without_privacy_equals_plain_summed_gradients(bench: MakeBench,
     assert site.round().event is None
 
 
+@pytest.mark.parametrize(
+    ("architecture", "head"), [("bert", "pooled"), ("deberta", "architecture"), ("gpt2", "none"), ("gemma", "none")]
+)
+def test_a_round_on_every_linear_layer_equals_the_reference(tmp_path: Path, architecture: str, head: str) -> None:
+    assert distance(make_bench(tmp_path, architecture, head, lora__targets="all-linear")) < 1e-5
+
+
+def test_a_deberta_that_shares_its_attention_keys_equals_the_reference(tmp_path: Path) -> None:
+    """As DeBERTa v3 is published: its query layer serves all records at once, so `auto` leaves it alone."""
+    tiny_base(tmp_path / "base", "deberta", share_att_key=True)
+    assert distance(make_bench(tmp_path, "deberta")) < 1e-5
+
+
+def test_control_its_query_layer_is_refused_and_not_booked_on_the_first_record(tmp_path: Path) -> None:
+    tiny_base(tmp_path / "base", "deberta", share_att_key=True)
+    site = make_bench(tmp_path, "deberta", lora__targets=["query_proj"])
+    with pytest.raises(PrivacyError, match="flattened-records"):
+        site.round()
+
+
 def test_the_head_has_its_own_learning_rate(bench: MakeBench) -> None:
     assert distance(bench().plan_with(training__head_learning_rate=3.0)) < 1e-5
 
 
-@pytest.mark.parametrize("limit", [0.1, 10.0])
+@pytest.mark.parametrize("limit", [0.01, 10.0])
 def test_above_the_noise_limit_the_rate_falls(bench: MakeBench, limit: float) -> None:
     assert distance(bench().plan_with(training__noise_limit=limit)) < 1e-5
 

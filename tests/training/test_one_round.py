@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedtune.data.batches import Batch, collate
 from fedtune.release.adapter import HEAD_FILE, load_adapter, save_adapter
 from fedtune.training.evaluate import evaluate
-from tests.support.bench import CASES, Bench, summary_of
+from tests.support.bench import CASES, Bench, make_bench, summary_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,6 +109,20 @@ def test_a_frozen_a_is_neither_changed_nor_sent(bench: MakeBench, architecture: 
         assert np.array_equal(live[spec_a.name], start[spec_a.name])
         assert spec_a.name not in result.state
         assert not np.array_equal(live[spec_b.name], start[spec_b.name])
+
+
+@pytest.mark.parametrize(("architecture", "head"), [("llama", "none"), ("bert", "pooled")])
+def test_a_bfloat16_base_stays_as_it_is_under_a_float32_adapter(tmp_path: Path, architecture: str, head: str) -> None:
+    site = make_bench(tmp_path, architecture, head, model__dtype="bfloat16")
+    before = frozen_tensors(site)
+    result = site.round(adapter=site.alive())
+    assert all(torch.equal(before[name], tensor) for name, tensor in frozen_tensors(site).items())
+    assert all(value.dtype == np.float32 and np.isfinite(value).all() for value in result.state.values())
+    assert result.records_dropped == 0
+    trained = site.whole(result)
+    save_adapter(tmp_path / "adapter", site.workspace, trained, site.plan, summary_of(site.plan))
+    saved = load_adapter(tmp_path / "adapter")
+    assert all(np.array_equal(saved[name], trained[name]) for name in trained)
 
 
 def test_fedit_trains_a_as_well(bench: MakeBench) -> None:
