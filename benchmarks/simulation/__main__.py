@@ -73,8 +73,10 @@ def _summary(runs: list[dict[str, Any]], sites: int) -> dict[str, float]:
 
 
 def _medians(runs: list[dict[str, Any]]) -> dict[str, float]:
-    plain = {key: median(run[key] for run in runs) for key in runs[0] if key != "rounds"}
-    return plain | {"rounds": median(sum(run["rounds"]) for run in runs)}
+    for run in runs:
+        run["rounds"] = sum(run["rounds"])
+        run["beside"], run["cpu_beside"] = run["rounds"] - run["training"], run["cpu_rounds"] - run["cpu_training"]
+    return {key: median(run[key] for run in runs) for key in runs[0]}
 
 
 def _told(result: dict[str, Any], what: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def trivial(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def fedtune(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Run the real study as `fedtune simulate` does, from its overrides to its summary."""
+    import fedtune_client.app as client
     from benchmarks.simulation.rounds import RoundClock
     from benchmarks.simulation.studies import REAL_SITES, real_study
     from fedtune.simulation.runner import simulate
@@ -43,6 +44,7 @@ def fedtune(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     found = real_study(folder, settings)
     resolved = time.process_time()
     clock = RoundClock(REAL_SITES)
+    client.train_round = clock.timed(client.train_round)
     simulate(found.plan, found.machine, clock)
     return clock.parts(_started) | {"cpu_to_plan": resolved}
 

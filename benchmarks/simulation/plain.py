@@ -6,6 +6,7 @@ accounting of what was spent, checkpoints, run folder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fedtune.model.workspace import Workspace
 from fedtune.run.folder import RunFolder
 from fedtune.simulation.sites import SiteData, dealt
 from fedtune.simulation.workspace import open_workspace
-from fedtune.training.local import Assignment, event_of_round, train_round
+from fedtune.training.local import Assignment, LocalResult, event_of_round, train_round
 
 
 def train_plainly(run: Path, folder: Path, started: float) -> dict[str, Any]:
@@ -30,23 +31,29 @@ def train_plainly(run: Path, folder: Path, started: float) -> dict[str, Any]:
     data = dealt(plan.json_text, machine, workspace.tokenizer)
     sites = [data.site(index) for index in range(plan.federation.sites)]
     adapter, clock = dict(workspace.initial), RoundClock(len(sites))
+    train = clock.timed(train_round)
     clock.start()
     for number in range(1, plan.federation.rounds + 1):
-        adapter = _round(plan, workspace, sites, number, adapter)
+        adapter = _round(plan, workspace, sites, number, adapter, train)
         clock.lap()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter.safetensors").write_bytes(save(adapter))
     return clock.parts(started)
 
 
-def _round(
-    plan: StudyPlan, workspace: Workspace, sites: list[SiteData], number: int, adapter: dict[str, Any]
+def _round(  # noqa: PLR0913, PLR0917 - the variables of one loop
+    plan: StudyPlan,
+    workspace: Workspace,
+    sites: list[SiteData],
+    number: int,
+    adapter: dict[str, Any],
+    train: Callable[..., LocalResult],
 ) -> dict[str, Any]:
     layout = get_algorithm(plan.aggregation.algorithm).trained(workspace.layout)
     states: list[AdapterState] = []
     for site in sites:
         assignment = Assignment(site.name, number, adapter, event_of_round(plan))
-        states.append(train_round(plan, workspace, site.train, assignment, (layout, layout)).state)
+        states.append(train(plan, workspace, site.train, assignment, (layout, layout)).state)
     return {
         name: np.mean([state[name] for state in states], axis=0, dtype=np.float64).astype(np.float32)
         for name in adapter

@@ -62,10 +62,12 @@ def _real(real: dict[str, Any], table: Callable[[Row, list[Row]], str]) -> str:
         "wall": "seconds, whole process",
         "startup": "- before the first round",
         "rounds": "- rounds",
+        "beside": "-- of them beside training",
         "end": "- after the last round",
         "cpu": "CPU seconds, whole process",
         "cpu_startup": "- before the first round",
         "cpu_rounds": "- rounds",
+        "cpu_beside": "-- of them beside training",
         "cpu_end": "- after the last round",
         "peak_mb": "peak memory, MB",
     }

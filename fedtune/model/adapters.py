@@ -35,6 +35,7 @@ def adapt(model: nn.Module, lora: LoraSettings, head: str, fresh: Sequence[str])
         lora_dropout=lora.dropout,
         target_modules=_targets(model, lora),
         task_type=_TASK_TYPES[head],
+        exclude_modules=_shared(model, lora) or None,
         modules_to_save=list(fresh) or None,
         layers_to_transform=None if lora.layers is None else list(lora.layers),
         bias="none",
@@ -100,14 +101,19 @@ def _targets(model: nn.Module, lora: LoraSettings) -> str | list[str]:
         return "all-linear" if lora.layers is None else _linear_names(model)
     if lora.targets == "auto":
         known = DEFAULTS.get(getattr(model.config, "model_type", ""))
-        return _apart(model, known) if known else "all-linear"
+        return list(known) if known else "all-linear"
     return list(lora.targets)
 
 
-def _apart(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Leave out layers that DeBERTa also applies to the relative positions, which all records share."""
-    shared = getattr(model.config, "relative_attention", False) and getattr(model.config, "share_att_key", False)
-    return [name for name in targets if not (shared and name in {"query_proj", "key_proj"})]
+def _shared(model: nn.Module, lora: LoraSettings) -> list[str]:
+    """Return layers that DeBERTa applies to its relative positions, once for all records: unless named, none adapts.
+
+    Their gradient belongs to no single record, so a private round refuses it.
+    """
+    if not isinstance(lora.targets, str) or not getattr(model.config, "relative_attention", False):
+        return []
+    reused = ("query_proj", "key_proj") if getattr(model.config, "share_att_key", False) else ()
+    return ["pos_key_proj", "pos_query_proj", "pos_proj", "pos_q_proj", *reused]
 
 
 def _uses_conv1d(model: nn.Module) -> bool:

@@ -71,7 +71,9 @@ def _describe(exchange: Exchange, plan: StudyPlan) -> tuple[dict[str, int], Stud
     nodes: dict[str, int] = {}
     found: dict[str, SiteFacts] = {}
     refused: list[str] = []
-    for answer in exchange.ask("query.describe", exchange.nodes(), Instruction(plan.sha256, 0, {}), _decoder(plan)):
+    for answer in exchange.ask(
+        "query.describe", exchange.nodes(plan.federation.sites), Instruction(plan.sha256, 0, {}), _decoder(plan)
+    ):
         if answer.reply is None or answer.reply.site in nodes:
             refused.append(answer.code or "message.duplicate-site")
             continue

@@ -18,6 +18,7 @@ from fedtune.flower.engine import engine_died
 from fedtune.flower.messages import Instruction, Refusal, content_bytes, encode_instruction
 
 _POLL_SECONDS = 0.02
+_PATIENCE_SECONDS = 60.0
 Reply = TypeVar("Reply")
 
 
@@ -47,9 +48,12 @@ class Exchange:
         self._deadline = deadline
         self.traffic = traffic
 
-    def nodes(self) -> list[int]:
-        """Return the nodes that are connected now."""
-        return sorted(self._grid.get_node_ids())
+    def nodes(self, expected: int) -> list[int]:
+        """Return the connected nodes; wait for `expected` of them for a while, since an engine adds them one by one."""
+        until = time.monotonic() + min(self._deadline, _PATIENCE_SECONDS)
+        while len(nodes := sorted(self._grid.get_node_ids())) < expected and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+        return nodes
 
     def ask(
         self,

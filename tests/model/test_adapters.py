@@ -61,6 +61,16 @@ def test_auto_leaves_out_what_deberta_shares_between_records(workspace: MakeWork
     assert adapted_layers(workspace(folder)) == {"value_proj"}
 
 
+@pytest.mark.parametrize(
+    ("shared", "left"), [(True, {"value_proj", "dense"}), (False, {"query_proj", "key_proj", "value_proj", "dense"})]
+)
+def test_all_linear_leaves_out_what_deberta_shares_between_records(
+    workspace: MakeWorkspace, tmp_path: Path, *, shared: bool, left: set[str]
+) -> None:
+    folder = tiny_base(tmp_path / "v3", "deberta", share_att_key=shared)
+    assert adapted_layers(workspace(folder, lora={"targets": "all-linear"})) == left
+
+
 def test_all_linear_is_every_linear_layer_but_the_head(workspace: MakeWorkspace) -> None:
     assert adapted_layers(workspace("bert", lora={"targets": "all-linear"})) == {"query", "key", "value", "dense"}
     layers = adapted_layers(workspace("gpt2", "none", lora={"targets": "all-linear"}))

@@ -117,7 +117,7 @@ def test_an_adapter_that_never_moved_is_refused(pooled: Bench, tmp_path: Path) -
 
 
 def test_a_head_may_have_learnt_alone_without_privacy_but_not_under_noise(pooled: Bench, tmp_path: Path) -> None:
-    """Noise moves every B, so a private B at zero was never trained; without noise a head can leave it nothing to do."""
+    """Noise moves every B, so a private B at zero was never trained; without noise a head may leave it nothing."""
     adapter = {**pooled.workspace.initial, "head.weight": pooled.workspace.initial["head.weight"] + 1}
     with pytest.raises(ModelError, match=r"model\.dead-adapter"):
         release(pooled, tmp_path / "private", adapter)

@@ -117,7 +117,7 @@ def test_a_refusal_has_a_code_and_a_hint(study: Study) -> None:
         resolved(study, "privacy.epsilon=0")
     assert caught.value.code == "privacy.epsilon"
     assert "privacy=off" in caught.value.hint
-    with pytest.raises(FedtuneError, match="federation.sites_per_round=9 is above federation.sites=3"):
+    with pytest.raises(FedtuneError, match=r"federation\.sites_per_round=9 is above federation\.sites=3"):
         resolved(study, "federation.sites_per_round=9")
 
 

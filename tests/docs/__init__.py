@@ -1,0 +1,1 @@
+"""Every command in the documentation runs."""
