@@ -44,7 +44,7 @@ def fedtune(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     found = real_study(folder, settings)
     resolved = time.process_time()
     clock = RoundClock(REAL_SITES)
-    client.train_round = clock.timed(client.train_round)
+    vars(client)["train_round"] = clock.timed(vars(client)["train_round"])
     simulate(found.plan, found.machine, clock)
     return clock.parts(_started) | {"cpu_to_plan": resolved}
 

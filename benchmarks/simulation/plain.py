@@ -41,7 +41,7 @@ def train_plainly(run: Path, folder: Path, started: float) -> dict[str, Any]:
     return clock.parts(started)
 
 
-def _round(  # noqa: PLR0913, PLR0917 - the variables of one loop
+def _round(
     plan: StudyPlan,
     workspace: Workspace,
     sites: list[SiteData],
