@@ -40,6 +40,7 @@ _REAL = [
     "training.head_learning_rate=0.5",
     "training.physical_batch=32",
     "aggregation.algorithm=fedit",
+    "aggregation.server_optimizer=fedavg",
     "evaluation.site_metrics=off",
     f"federation.sites={REAL_SITES}",
     "run.device=cpu",

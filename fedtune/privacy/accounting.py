@@ -23,6 +23,7 @@ AccountantName = Literal["pld", "rdp", "prv"]
 Relation = Literal["add/remove one"]
 Mechanism = tuple[float, float, int]  # (noise multiplier σ, sampling rate q, steps)
 
+LEAST_INTERVAL = 1e-5  # an ε far below this is overstated by it; a finer grid would take minutes for rare sampling
 PESSIMISM = 1e-4  # sets the grid of the PLD, which overstates ε (measured: by 2e-5 to 3e-3 of it), never understates it
 
 
@@ -167,7 +168,7 @@ def _interval(events: list[Any], history: tuple[Mechanism, ...], delta: float, p
     rdp = RdpAccountant(orders=(2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512))
     bound = float(rdp.compose(dp_accounting.ComposedDpEvent(events)).get_epsilon(delta))
     steps = sum(steps for _, _, steps in history)
-    return max(1e-7, min(math.sqrt(pessimism * bound / steps), 1e-3 * bound))
+    return max(LEAST_INTERVAL, min(math.sqrt(pessimism * bound / steps), 1e-3 * bound))
 
 
 def _opacus_epsilon(history: tuple[Mechanism, ...], delta: float, accountant: AccountantName) -> float:

@@ -74,7 +74,7 @@ def test_a_group_chosen_later_wins_over_values_set_earlier(write: Write) -> None
     file = write("privacy: {mode: dp, epsilon: 3}\n")
     chosen = compose(["privacy=off"], file).privacy
     assert (chosen.mode, chosen.epsilon) == ("off", 3.0)
-    assert compose(["training=default", "experiment=banking77"]).training.sampling_rate == 0.1
+    assert compose(["training=poisson", "experiment=banking77"]).training.sampling_rate == 0.1
     assert compose(["training.sampling_rate=0.5", "training=default"]).training.sampling_rate == 0.5
 
 
