@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fedtune.aggregation.algorithms import Algorithm, get_algorithm
 from fedtune.aggregation.averaging import TailAverage
@@ -167,10 +167,10 @@ def check_events(plan: StudyPlan, events: Iterable[Event], *, at_least: int = 0)
     """
     if plan.promise.mode == "off":
         return
-    mechanism, steps = plan.promise.event(0), 0
+    steps = 0
     for event in events:
         steps += event.steps
-        if replace(event, steps=0) != mechanism:
+        if event != plan.promise.event(event.steps):
             raise MessageError("wrong-events", "the site's privacy events are not of the plan's mechanism")
     if not at_least <= steps <= _MOST_REPEATS * plan.promise.max_steps:
         raise MessageError("wrong-events", f"the site's privacy events add up to {steps} steps, {at_least} are known")
