@@ -9,6 +9,7 @@ against the adapter's layout by `fedtune.aggregation.validation`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ _HEADER = "fedtune"
 _ARRAYS = "arrays"
 _MAX_TEXT = 1_000_000
 _MAX_CODE = 64
+_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Scalar = TypeVar("Scalar", str, int)
 
@@ -113,9 +115,12 @@ def decode_description(content: RecordDict, plan_sha256: str) -> Description | R
     if refusal := _refusal(content):
         return refusal
     header, _ = _open(content, "description", plan_sha256)
+    site = _field(header, "site", str)
+    if not _SITE_NAME.fullmatch(site):
+        raise MessageError("wrong-field", "a site's name has other signs or is longer than the plan allows")
     return Description(
         plan_sha256,
-        _field(header, "site", str),
+        site,
         _field(header, "units", int),
         _field(header, "data_sha256", str),
         _load_events(_field(header, "events", str)),

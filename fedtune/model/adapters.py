@@ -80,7 +80,9 @@ def _initial(spec: TensorSpec, start: str, seed: int) -> Array:
     if start == "orthonormal":
         tall = source.normal(spec.size).reshape(max(spec.shape), min(spec.shape))
         basis, upper = np.linalg.qr(tall)
-        basis = (basis * np.sign(np.diag(upper))).astype(np.float32)  # the one QR with a positive diagonal: no free sign
+        basis = (basis * np.sign(np.diag(upper))).astype(
+            np.float32
+        )  # the one QR with a positive diagonal: no free sign
         return np.ascontiguousarray(basis if basis.shape == spec.shape else basis.T)
     drawn: Array = ((2.0 * source.uniform(spec.size) - 1.0) / np.sqrt(spec.shape[1])).astype(np.float32)
     return drawn.reshape(spec.shape)

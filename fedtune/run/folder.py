@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,6 +86,17 @@ class RunFolder:
     def save_machine(self, machine: Machine) -> None:
         """Write the machine facts."""
         write_whole(self.machine_file, (machine.model_dump_json(indent=2) + "\n").encode())
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold the run for one process; the lock falls with the process, so a kill leaves nothing to clean."""
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                hint = "wait for it, or end it first"
+                raise RunError("in-use", f"{self.path} is being run by another process", hint=hint) from error
+            yield
 
     def log_metrics(self, line: dict[str, Any]) -> None:
         """Append one round to `metrics.jsonl`."""

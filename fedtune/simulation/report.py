@@ -78,7 +78,8 @@ def _title(summary: Summary) -> Text:
 
 
 def _metrics_table(summary: Summary) -> Table:
-    table = _table("Held-out records of all sites")
+    where = str(summary.get("metrics", {}).get("measured_on", "held-out records of all sites"))
+    table = _table(printable(where[:1].upper() + where[1:]))
     table.add_column("metric")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)

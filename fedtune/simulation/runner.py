@@ -51,7 +51,7 @@ def refuse_other_plan(path: Path, plan: StudyPlan) -> None:
 def _execute(folder: RunFolder, plan: StudyPlan, machine: Machine, progress: Progress) -> dict[str, Any]:
     machine_facts.announce(folder.machine_file)
     config = {PLAN_KEY: plan.json_text}
-    with watched_by(progress):
+    with folder.in_use(), watched_by(progress):
         try:
             run(
                 machine.backend,

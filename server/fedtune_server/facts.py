@@ -69,7 +69,8 @@ class StudyFacts:
         """Return the largest ε any site has spent, or None without privacy."""
         if promise.mode == "off":
             return None
-        return max((epsilon(site.events, promise.delta) for site in self.sites.values()), default=0.0)
+        histories = {site.events for site in self.sites.values()}
+        return max((epsilon(events, promise.delta) for events in histories), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

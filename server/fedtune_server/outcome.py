@@ -52,7 +52,12 @@ def summarise(study: Study) -> dict[str, Any]:
         "task": plan.task.style,
         "algorithm": plan.aggregation.algorithm,
         "sites": [_site(site, plan) for site in facts.sites.values()],
-        "metrics": {"headline": study.evaluator.headline, "initial": facts.initial, "final": facts.final},
+        "metrics": {
+            "headline": study.evaluator.headline,
+            "measured_on": "test file" if study.evaluator.central is not None else "held-out records of all sites",
+            "initial": facts.initial,
+            "final": facts.final,
+        },
         "privacy": {
             "mode": plan.promise.mode,
             "max_epsilon": facts.max_epsilon(plan.promise),

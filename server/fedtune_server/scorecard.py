@@ -22,6 +22,15 @@ CentralTest = Callable[[AdapterState], Tally]
 
 
 @dataclass(frozen=True, slots=True)
+class _SiteTally:
+    """A tally with who sent it and for which round."""
+
+    site: str
+    round: int
+    tally: Tally
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluator:
     """Asks sites for their tallies and runs the central test; `central` is None without a test file."""
 
@@ -55,15 +64,17 @@ class Evaluator:
         tallies: dict[str, Tally] = {}
         for answer in self.exchange.ask("evaluate", list(site_of), instruction, self._decode):
             site = facts.sites[site_of[answer.node]]
-            if answer.reply is None:
-                site.failures[answer.code] = site.failures.get(answer.code, 0) + 1
+            tally = answer.reply
+            if tally is None or (tally.site, tally.round) != (site.name, number):
+                code = answer.code or "message.wrong-sender"
+                site.failures[code] = site.failures.get(code, 0) + 1
             else:
-                tallies[site.name] = answer.reply
+                tallies[site.name] = tally.tally
         return tallies
 
-    def _decode(self, message: Message) -> Tally | Refusal:
+    def _decode(self, message: Message) -> _SiteTally | Refusal:
         reply: Evaluation | Refusal = decode_evaluation(message.content, self.plan.sha256)
         if isinstance(reply, Refusal):
             return reply
-        task = self.plan.task
-        return Tally.from_arrays(reply.tally, len(task.labels) if task.kind == "classification" else None)
+        classes = len(self.plan.task.labels) if self.plan.task.kind == "classification" else None
+        return _SiteTally(reply.site, reply.round, Tally.from_arrays(reply.tally, classes))

@@ -36,7 +36,7 @@ from fedtune.privacy.accounting import Event
 PLAN = "a" * 64
 EVENTS = (Event(1.2, 0.1, 30, 1.0), Event(0.7, 1.0, 2, 1.0, noise="secure"))
 STATE = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.weight": np.ones(1, np.float32)}
-names = st.text(min_size=1, max_size=20)
+names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
 float32 = hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
 states = st.dictionaries(names, float32, max_size=4)
 events = st.lists(
@@ -84,6 +84,13 @@ def test_an_update_comes_back_bit_for_bit(site: str, number: int, state: dict[st
 def test_a_description_comes_back(site: str, units: int, spent: Any) -> None:
     description = Description(PLAN, site, units, "d" * 64, spent)
     assert decode_description(encode_reply(description), PLAN) == description
+
+
+@pytest.mark.parametrize("name", ["", "a" * 65, "no spaces", "-first", "line\n", "ünïcode"])
+def test_a_site_cannot_call_itself_just_anything(name: str) -> None:
+    with pytest.raises(MessageError) as caught:
+        decode_description(encode_reply(Description(PLAN, name, 10, "d" * 64, ())), PLAN)
+    assert caught.value.code == "message.wrong-field"
 
 
 @pytest.mark.parametrize("confusion", [None, Confusion.of([0, 1, 1], [0, 0, 1], 2)])

@@ -92,3 +92,12 @@ def test_a_damaged_file_of_a_run_is_an_error_with_a_hint(plan: StudyPlan, tmp_pa
         folder.summary_file.write_bytes(content)
         with pytest.raises(RunError, match=r"summary\.json cannot be read"):
             folder.summary()
+
+
+def test_a_run_is_held_by_one_process_at_a_time(plan: StudyPlan, tmp_path: Path) -> None:
+    folder = create(plan, at(tmp_path))
+    with folder.in_use(), pytest.raises(RunError) as caught, RunFolder(tmp_path).in_use():
+        pass
+    assert caught.value.code == "run.in-use"
+    with RunFolder(tmp_path).in_use():
+        pass
