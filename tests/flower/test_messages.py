@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedtune.errors import DataError, FedtuneError
+from fedtune.errors import DataError, FedtuneError, MessageError
 from fedtune.evaluation.metrics import Confusion, Tally
 from fedtune.flower.arrays import SERIALISATION, to_record
 from fedtune.flower.messages import (
