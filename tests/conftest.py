@@ -1,5 +1,10 @@
-"""Nothing that a test starts looks at the network."""
+"""Nothing that a test starts looks at the network, and Ctrl-C works as in a terminal."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell that runs the tests in the background lets them ignore SIGINT, and every process they start would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

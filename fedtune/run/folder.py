@@ -90,7 +90,7 @@ class RunFolder:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Hold the run for one process; the lock falls with the process, so a kill leaves nothing to clean."""
-        with (self.path / ".lock").open("w") as lock:
+        with (self.checkpoints / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

