@@ -27,6 +27,7 @@ from fedtune.errors import ConfigError, PrivacyError
 from fedtune.flower.engine import check_backend
 from fedtune.model.base import BaseModel, find_base
 from fedtune.model.build import Recipe, build, check_length
+from fedtune.privacy.inspection import refuse_coupled
 from fedtune.privacy.plan import PrivacyPlan, default_delta, delta_warning, public_count
 from fedtune.run.folder import default_path
 from fedtune.simulation.sites import bank_messages, deal_rows
@@ -224,7 +225,10 @@ def _adapter_plan(settings: Settings, task: Task, base: BaseModel, model: ModelP
         settings.seed,
         settings.data.max_tokens,
     )
-    layout = build(base, recipe, machine.device).layout
+    workspace = build(base, recipe, machine.device)
+    if settings.privacy.mode == "dp":
+        refuse_coupled(workspace.model)
+    layout = workspace.layout
     algorithm = get_algorithm(settings.aggregation.algorithm)
     return AdapterPlan(
         numbers=layout.size,

@@ -6,7 +6,7 @@ Knows nodes, deadlines and bytes; what a reply means is for the caller.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -102,8 +102,3 @@ class Exchange:
         if isinstance(reply, Refusal):
             return Answer(node, None, reply.code, size)
         return Answer(node, reply, "", size)
-
-
-def names_of(sites: Mapping[str, int]) -> dict[int, str]:
-    """Return node → site."""
-    return {node: site for site, node in sites.items()}

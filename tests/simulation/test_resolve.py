@@ -124,3 +124,18 @@ def test_a_refusal_has_a_code_and_a_hint(study: Study) -> None:
 def test_a_resolved_study_cannot_be_changed(study: Study) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolved(study).plan = None  # type: ignore[misc, assignment]
+
+
+def test_a_base_that_routes_tokens_of_the_whole_batch_is_refused_before_a_run_begins(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    base = tiny_base(tmp_path / "base", "llama")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=2, **sizes)
+    MixtralForCausalLM(config).save_pretrained(base)
+    records = bank_csv(tmp_path / "bank.csv")
+    words = [f"data.path={records}", "data.text=text", f"model.base={base}", "federation.sites=2", "lora.layers=null"]
+    with pytest.raises(PrivacyError) as caught:
+        resolve(compose([*words, "lora.targets=[q_proj]", "model.head_init=zero", "model.head_center=none"]))
+    assert caught.value.code == "privacy.coupled-records"
+    assert resolve(compose([*words, "lora.targets=[q_proj]", "model.head_init=zero", "privacy=off"])).plan.sha256
