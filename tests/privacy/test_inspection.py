@@ -10,7 +10,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fedtune.errors import PrivacyError
-from fedtune.privacy.engines import OpacusEngine
+from fedtune.privacy.opacus_engine import OpacusEngine
 from fedtune.privacy.inspection import assert_independent, refuse_coupled
 
 if TYPE_CHECKING:

@@ -10,19 +10,17 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from opacus.grad_sample import GradSampleHooks
-from scipy.stats import kstest
 from torch import nn
 
 from fedtune.data.sampling import PoissonSampler, physical_batches
 from fedtune.errors import PrivacyError
 from fedtune.privacy.accounting import Event, epsilon
 from fedtune.privacy.clipping import ClippedSum, clip_and_sum
-from fedtune.privacy.engines import OpacusEngine
 from fedtune.privacy.noise import add_noise
+from fedtune.privacy.opacus_engine import OpacusEngine
 from fedtune.privacy.random import RandomSource, SeededSource
 
 Step = Callable[[torch.Tensor, RandomSource], torch.Tensor]
@@ -181,96 +179,17 @@ def test_an_empty_batch_skips_the_model_and_is_still_noised_and_accounted(tiny: 
 # --- an ε of a rate that did not run --------------------------------------------------------------------------------
 
 
-def test_shuffled_epochs_cannot_be_accounted_as_poisson() -> None:
-    with pytest.raises(PrivacyError, match="sampler"):
-        Event(1.0, 0.01, 1000, C, sampler="shuffle")
+def test_shuffled_epochs_are_accounted_as_if_nothing_were_sampled() -> None:
+    shuffled = epsilon([Event(1.0, 0.01, 1000, C, sampler="shuffle")], 1e-5)
+    assert shuffled >= epsilon([Event(1.0, 1.0, 10, C)], 1e-5) * (1 - 1e-3)
 
 
-def test_control_the_difference_would_have_been_large() -> None:
+def test_control_as_poisson_they_would_seem_ten_times_as_private() -> None:
     poisson, unamplified = epsilon([Event(1.0, 0.01, 1000, C)], 1e-5), epsilon([Event(1.0, 1.0, 10, C)], 1e-5)
     assert (poisson, unamplified) == (pytest.approx(1.83, abs=0.01), pytest.approx(17.86, abs=0.01))
 
 
-# --- planted bugs: the checks that pass on our step fail on a step with the bug -------------------------------------
-
-SIZE, SIGMA, EXPECTED = 20_000, 1.5, 4.0
-
-
-def our_step(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
-    return add_noise(clip_and_sum(rows, C), SIGMA, source, EXPECTED).mean
-
-
-def noisy(total: Any, source: RandomSource, sigma: float = SIGMA, denominator: float = EXPECTED) -> torch.Tensor:
-    return add_noise(ClippedSum(total, C, 0, 0, 0), sigma, source, denominator).mean
-
-
-def without_clipping(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
-    return noisy(rows.double().sum(0), source)
-
-
-def clip_after_averaging(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
-    mean = rows.double().mean(0, keepdim=True)
-    return noisy(clip_and_sum(mean, C).total * len(rows), source)
-
-
-def half_the_noise(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
-    return noisy(clip_and_sum(rows, C).total, source, sigma=SIGMA / 2)
-
-
-def drawn_batch_denominator(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
-    return noisy(clip_and_sum(rows, C).total, source, denominator=float(len(rows)))
-
-
-def reused_seed(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
-    return our_step(rows, SeededSource("always the same"))
-
-
-def one_record_twice(rows: torch.Tensor, source: RandomSource) -> torch.Tensor:
-    return our_step(torch.cat([rows, rows[-1:]]), source)
-
-
-def sensitivity_holds(step: Step) -> bool:
-    """With equal noise, one more record moves the released mean by at most C / expected batch."""
-    torch.manual_seed(0)
-    short = torch.randn(5, SIZE) * 1e-5
-    for extra in (torch.full((1, SIZE), 7.0), torch.full((1, SIZE), 1e-5), torch.zeros(1, SIZE)):
-        change = step(torch.cat([short, extra]), SeededSource("s")) - step(short, SeededSource("s"))
-        if float(change.norm()) > C / EXPECTED * 1.01:
-            return False
-    return True
-
-
-def noise_is_right(step: Step) -> bool:
-    """The step on no signal is Gaussian of the promised deviation, and the next step's noise is another."""
-    source, silence = SeededSource("n"), torch.zeros(4, SIZE)
-    first, second = step(silence, source), step(silence, source)
-    scaled = first.double().numpy() * EXPECTED / (SIGMA * C)
-    return kstest(scaled, "norm").pvalue > 1e-6 and abs(np.corrcoef(first, second)[0, 1]) < 6 / math.sqrt(SIZE)
-
-
-def test_our_step_passes_both_checks() -> None:
-    assert sensitivity_holds(our_step)
-    assert noise_is_right(our_step)
-
-
-@pytest.mark.parametrize(
-    ("bug", "check"),
-    [
-        (without_clipping, sensitivity_holds),
-        (clip_after_averaging, sensitivity_holds),
-        (one_record_twice, sensitivity_holds),
-        (half_the_noise, noise_is_right),
-        (reused_seed, noise_is_right),
-    ],
-    ids=lambda item: item.__name__,
-)
-def test_a_planted_bug_is_caught(bug: Step, check: Callable[[Step], bool]) -> None:
-    assert not check(bug)
-
-
-def test_the_planted_batch_size_denominator_is_caught() -> None:
-    """Dividing by the drawn size rescales even the noise with every record."""
-    assert not sensitivity_holds(drawn_batch_denominator)
+# --- a logical batch that does not fit into memory -------------------------------------------------------------------
 
 
 def test_a_logical_batch_in_pieces_counts_every_record_once() -> None:
