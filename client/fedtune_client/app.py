@@ -75,7 +75,7 @@ def _train(site: Site, instruction: Instruction) -> Answer:
     reserved = site.spending.reserve(number, event_of_round(plan)).event
     assignment = Assignment(site.data.name, number, instruction.adapter, reserved, site.memory.before(number))
     layouts = algorithm.trained(site.workspace.layout), algorithm.upload(site.workspace.layout)
-    result = train_round(plan, site.workspace, site.data.train, assignment, layouts)
+    result = train_round(plan, site.workspace, site.data.train, assignment, layouts, site.data.units)
     site.memory.keep(number, result.optimizer_state)
     return Update(plan.sha256, site.data.name, number, result.state, site.spending.spent())
 

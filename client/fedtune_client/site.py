@@ -31,7 +31,7 @@ class Site:
     @property
     def units(self) -> int:
         """The number of privacy units a site tells: rounded, because the exact number is private."""
-        return public_count(len(self.data.train))
+        return public_count(self.data.units.count)
 
 
 def open_site(context: Context) -> Site:

@@ -11,6 +11,7 @@ from fedtune.commands.options import ConfigFile, Format, OutputFormat, Overrides
 from fedtune.commands.screen import quiet_libraries, screen
 
 if TYPE_CHECKING:
+    from fedtune.config.schema import Settings
     from fedtune.data.check import DataReport, Sample
 
 app = typer.Typer(help="Look at records as a study would see them.", no_args_is_help=True)
@@ -32,7 +33,7 @@ def check(
     output: Format = OutputFormat.text,
     verbose: Verbose = False,
 ) -> None:
-    """Report format, task, labels, duplicates and token lengths, and show two examples with the loss mask."""
+    """Report format, task, labels, duplicates, units and token lengths, and show two examples with the loss mask."""
     quiet_libraries(verbose=verbose)
     from fedtune.config.compose import compose
     from fedtune.data.check import check as check_file
@@ -41,11 +42,12 @@ def check(
 
     settings = compose([f"data.path={json.dumps(path)}", *(overrides or [])], config)
     tokenizer = load_tokenizer(find_base(settings.model))
-    report = check_file(path, settings.data, tokenizer, allow_download=settings.model.allow_download)
+    unit, downloads = settings.privacy.unit, settings.model.allow_download
+    report = check_file(path, settings.data, tokenizer, unit=unit, allow_download=downloads)
     if output is OutputFormat.json:
         click.echo(json.dumps(_document(report), ensure_ascii=False))
         return
-    _print(report, settings.data.max_tokens)
+    _print(report, settings)
 
 
 def _document(report: "DataReport") -> dict[str, object]:
@@ -55,13 +57,14 @@ def _document(report: "DataReport") -> dict[str, object]:
     return {
         **parts,
         "task": report.task.to_dict(),
+        "units": None if report.units is None else asdict(report.units),
         "lengths": lengths,
         "samples": samples,
         "warnings": list(report.warnings),
     }
 
 
-def _print(report: "DataReport", max_tokens: int) -> None:
+def _print(report: "DataReport", settings: "Settings") -> None:
     from rich.text import Text
 
     console = screen()
@@ -74,11 +77,18 @@ def _print(report: "DataReport", max_tokens: int) -> None:
         counts = ", ".join(f"{label} {count}" for label, count in shown)
         console.print(f"labels: {len(report.labels)}: {counts}{more}", markup=False)
     console.print(f"exact duplicates: {report.duplicates:,}")
+    if report.units is not None:
+        units, used = report.units, settings.privacy.max_records_per_unit
+        console.print(
+            f"privacy units: {units.count:,}, one for each value of {units.column}; records of a unit: median "
+            f"{units.median:g}, largest {units.largest:,}; a step uses at most {used} of them",
+            markup=False,
+        )
     if report.lengths is not None and report.truncated is not None:
         lengths = report.lengths
         console.print(
             f"tokens: median {lengths.p50}, 90 % {lengths.p90}, 95 % {lengths.p95}, 99 % {lengths.p99}, "
-            f"longest {lengths.longest}; {report.truncated:.1%} are cut at data.max_tokens={max_tokens}"
+            f"longest {lengths.longest}; {report.truncated:.1%} are cut at data.max_tokens={settings.data.max_tokens}"
         )
     for number, sample in enumerate(report.samples, start=1):
         console.print(Text(f"example {number}: ", style="bold") + _rendered(sample))

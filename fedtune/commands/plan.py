@@ -61,6 +61,9 @@ def _document(resolved: "Resolved") -> dict[str, Any]:
             "steps": promise.max_steps,
             "epsilon": promise.forecast() if promise.mode == "dp" else None,
             "delta": promise.delta if promise.mode == "dp" else None,
+            "unit": promise.unit,
+            "max_records_per_unit": promise.max_records_per_unit,
+            "one_unit": promise.one_unit,
             "statement": promise.statement,
         },
         "sites": [{"name": site.name, "units": site.units, "held_out": site.held_out} for site in resolved.sites],
@@ -72,7 +75,7 @@ def _document(resolved: "Resolved") -> dict[str, Any]:
 
 
 def _study_table(resolved: "Resolved") -> "Table":
-    from fedtune.display import bytes_text, epsilon_text
+    from fedtune.display import bytes_text, epsilon_text, printable
 
     document, study = _document(resolved), resolved.plan
     privacy, traffic = document["privacy"], document["bytes_per_round"]
@@ -83,10 +86,11 @@ def _study_table(resolved: "Resolved") -> "Table":
         ("base model", f"{study.model.name} ({study.model.architecture}), SHA-256 {study.model.sha256[:16]}…"),
         ("aggregation", f"{study.aggregation.algorithm}, {study.aggregation.server_optimizer}"),
         ("rounds × local steps", f"{study.federation.rounds} × {study.training.local_steps} = {study.total_steps}"),
-        ("sampling rate q", f"{privacy['sampling_rate']:g} (Poisson)"),
+        ("sampling rate q", f"{privacy['sampling_rate']:g} ({study.promise.sampler})"),
         ("noise multiplier σ", f"{privacy['noise_multiplier']:.4f}" if privacy["mode"] == "dp" else "NOT PRIVATE"),
         ("ε per site after all rounds", epsilon_text(privacy["epsilon"]) if privacy["mode"] == "dp" else "NOT PRIVATE"),
         ("δ", f"{privacy['delta']:.3g}" if privacy["mode"] == "dp" else "-"),
+        ("privacy unit", printable(privacy["one_unit"]) if privacy["mode"] == "dp" else "-"),
         ("trainable parameters", f"{study.adapter.trained:,} of {study.adapter.numbers:,} in the adapter"),
         ("bytes a site and round", f"{bytes_text(traffic['up'])} up, {bytes_text(traffic['down'])} down"),
         ("memory, estimated", bytes_text(document["memory_bytes"])),
@@ -97,7 +101,8 @@ def _study_table(resolved: "Resolved") -> "Table":
 
 
 def _sites_table(resolved: "Resolved") -> "Table":
-    table = _table("sites (records rounded, as they are told)", "site", "training records", "held out")
+    noun = resolved.plan.promise.noun
+    table = _table(f"sites ({noun}s rounded, as they are told)", "site", f"training {noun}s", "held-out records")
     for site in resolved.sites[:20]:
         table.add_row(site.name, f"{site.units:,}", f"{site.held_out:,}")
     if len(resolved.sites) > 20:  # noqa: PLR2004 - a screenful

@@ -53,6 +53,8 @@ class ModelPlan(Section):
     head_center: Literal["none", "labels"]
     head_scale: float
     dtype: Literal["float32", "bfloat16"]
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]
+    quantization: Literal["none", "8bit", "4bit"]
 
 
 class AdapterPlan(Section):

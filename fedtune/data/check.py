@@ -11,12 +11,14 @@ import numpy as np
 from fedtune.data.loading import load
 from fedtune.data.records import LabelledText, to_records
 from fedtune.data.templates import IGNORED, render_all, segments_of
+from fedtune.data.units import RECORD, units_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fedtune.config.schema import DataSettings
     from fedtune.data.records import Record
+    from fedtune.data.table import Table
     from fedtune.data.tasks import Task
     from fedtune.data.templates import Example
 
@@ -36,6 +38,16 @@ class TokenLengths:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitSizes:
+    """The privacy units that a column makes: their number, and how many records the middle and the largest have."""
+
+    column: str
+    count: int
+    median: float
+    largest: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One record as the model sees it, in pieces: tokens (text without a tokenizer), and whether each is trained.
 
@@ -51,7 +63,7 @@ class DataReport:
     """What was found. `lengths` and `truncated` (share of records in [0, 1]) need a tokenizer and are None without.
 
     `duplicates` counts the records that repeat an earlier one exactly. `labels` maps each label to its records, the
-    most frequent first; empty for causal language modelling.
+    most frequent first; empty for causal language modelling. `units` is None where each record is a unit.
     """
 
     source: str
@@ -60,6 +72,7 @@ class DataReport:
     rows: int
     labels: dict[str, int]
     duplicates: int
+    units: UnitSizes | None
     lengths: TokenLengths | None
     truncated: float | None
     samples: tuple[Sample, ...]
@@ -67,10 +80,18 @@ class DataReport:
 
 
 def check(
-    path: str, settings: DataSettings, tokenizer: Any | None = None, *, allow_download: bool = False
+    path: str,
+    settings: DataSettings,
+    tokenizer: Any | None = None,
+    *,
+    unit: str = RECORD,
+    allow_download: bool = False,
 ) -> DataReport:
-    """Read every record of a file as a study would, and report; raises what reading raises."""
-    table, task = load(path, settings, allow_download=allow_download)
+    """Read every record of a file as a study would, and report; raises what reading raises.
+
+    `unit` is the plan's privacy unit: `record`, or the column whose equal values make one.
+    """
+    table, task = load(path, settings, also=[] if unit == RECORD else [unit], allow_download=allow_download)
     records = to_records(table, task)
     examples = render_all(records, tokenizer, task, settings.max_tokens) if tokenizer is not None else None
     labels = _label_counts(records, task)
@@ -83,6 +104,7 @@ def check(
         rows=table.rows,
         labels=labels,
         duplicates=duplicates,
+        units=None if unit == RECORD else _unit_sizes(table, unit),
         lengths=None if examples is None else _token_lengths(examples),
         truncated=truncated,
         samples=_samples(records, examples, task, tokenizer),
@@ -94,6 +116,11 @@ def _label_counts(records: Sequence[Record], task: Task) -> dict[str, int]:
     """Count the records of each label, those of the settings without a record included."""
     counts = Counter(task.labels[record.label] for record in records if isinstance(record, LabelledText))
     return dict(sorted(((label, counts[label]) for label in task.labels), key=lambda item: (-item[1], item[0])))
+
+
+def _unit_sizes(table: Table, column: str) -> UnitSizes:
+    sizes = units_of(table, column).sizes
+    return UnitSizes(column, len(sizes), float(np.median(sizes)), int(sizes.max()))
 
 
 def _token_lengths(examples: Sequence[Example]) -> TokenLengths:
@@ -132,8 +159,9 @@ def _warnings(
     found = []
     if duplicates:
         found.append(
-            f"{duplicates} records repeat another one exactly; each copy counts as a record of its own for privacy, "
-            "and copies on both sides of the held-out split flatter the metrics"
+            f"{duplicates} records repeat another one exactly; unless privacy.unit puts them into one unit, each copy "
+            "counts as a record of its own for privacy, and copies on both sides of the held-out split flatter the "
+            "metrics"
         )
     rare = [label for label, count in labels.items() if count <= 1]
     if rare:

@@ -28,7 +28,7 @@ def label_names(table: Table, column: str) -> tuple[str, ...]:
     texts = {isinstance(value, str) for value in values}
     if len(texts) > 1:
         odd = next(row for row, value in enumerate(values) if isinstance(value, str) is not isinstance(values[0], str))
-        raise mixed(table, column, odd, values[0])
+        raise mixed(table, column, odd, type(values[0]).__name__)
     return names
 
 

@@ -1,7 +1,8 @@
 """Partitions: which rows of one file belong to which simulated site, and which of a site's rows are held out.
 
-Knows row numbers, labels and a seed; neither records nor models. Everything is a pure function of its arguments, so
-every machine draws the same.
+Whole privacy units are dealt out and held out, so that no patient stands at two sites or on both sides of a split.
+Knows row numbers, units, labels and a seed; neither records nor models. Everything is a pure function of its arguments,
+so every machine draws the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedtune.data.units import Units
 from fedtune.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     Rows = NDArray[np.int64]
 
 _TRIES = 200
-_MIN_ROWS = 2  # a site needs a record to train on and one to hold out
+_MIN_UNITS = 2  # a site needs a unit to train on and one to hold out
 _MAX_NAME = 64
 
 
@@ -42,53 +44,64 @@ class Partition:
 def partition(
     settings: PartitionSettings,
     *,
-    rows: int,
+    units: Units,
     labels: Sequence[str] | None = None,
     column: Sequence[str] | None = None,
     sites: int,
     seed: int,
 ) -> tuple[Partition, ...]:
-    """Deal rows 0 … rows−1 out to `sites` sites, every row to exactly one.
+    """Deal the rows of `units` out to `sites` sites, every row to exactly one; `labels` and `column` are of rows.
 
-    - `iid`: a uniform permutation in equal parts (sizes differ by at most 1).
-    - `dirichlet`: for each label, p ~ Dirichlet(α·1) over the sites, and the label's shuffled rows are cut in those
-      proportions (Hsu, Qi, Brown 2019). Small α gives sites with few labels.
-    - `quantity`: sizes in proportions p ~ Dirichlet(α·1) of a uniform permutation; labels are not skewed.
-    - `column`: one site for each value of `column`, in the values' order, named after the value.
+    - `iid`: a uniform permutation of the units in equal parts (they differ by at most 1 unit).
+    - `dirichlet`: for each label, p ~ Dirichlet(α·1) over the sites, and the label's shuffled units are cut in those
+      proportions (Hsu, Qi, Brown 2019). A unit counts for its most frequent label. Small α gives sites with few labels.
+    - `quantity`: sizes in proportions p ~ Dirichlet(α·1) of a uniform permutation of units; labels are not skewed.
+    - `column`: one site for each value of `column`, in the values' order, named after the value. Here alone one unit
+      can come to stand at several sites; `units_at_several_sites` counts them.
 
-    The two Dirichlet schemes are redrawn until each site has 2 rows (fewer if there are not that many to deal).
+    The two Dirichlet schemes are redrawn until each site has 2 units (fewer if there are not that many to deal).
     Raises `data.more-sites-than-records`, `data.empty-site`, `data.no-labels`, `data.no-partition-column`,
     `data.sites-mismatch`.
     """
-    if sites > rows:
-        raise DataError(
-            "more-sites-than-records",
-            f"{rows} records cannot be dealt out to {sites} sites",
-            hint=f"set federation.sites to {rows} or fewer, or name a larger file with data.path",
-        )
     if settings.scheme == "column":
         return _natural_sites(column, sites, settings.column)
+    if sites > units.count:
+        raise DataError(
+            "more-sites-than-records",
+            f"{units.count} {units.noun} cannot be dealt out to {sites} sites",
+            hint=f"set federation.sites to {units.count} or fewer, or name a larger file with data.path",
+        )
     rng = _generator(seed, "partition")
     if settings.scheme == "iid":
-        parts = np.array_split(rng.permutation(rows), sites)
+        parts = np.array_split(rng.permutation(units.count), sites)
     elif settings.scheme == "quantity":
-        parts = _redrawn(lambda: _cut(rng.permutation(rows), _shares(rng, settings.alpha, sites)), rows, sites)
+        parts = _redrawn(lambda: _cut(rng.permutation(units.count), _shares(rng, settings.alpha, sites)), units, sites)
     else:
-        parts = _redrawn(_label_skew(rng, labels, settings.alpha, sites), rows, sites)
+        of_unit = None if labels is None else units.most_frequent(labels)
+        parts = _redrawn(_label_skew(rng, of_unit, settings.alpha, sites), units, sites)
     width = max(3, len(str(sites)))
-    return tuple(Partition(f"site-{at:0{width}}", _ascending(part)) for at, part in enumerate(parts, start=1))
+    return tuple(Partition(f"site-{at:0{width}}", units.records_of(part)) for at, part in enumerate(parts, start=1))
 
 
-def split_holdout(rows: Rows, fraction: float, seed: int, site_name: str) -> tuple[Rows, Rows]:
-    """Split a site's rows into (train, held out), both ascending; ⌊fraction · n + ½⌋ are held out, at most n − 1.
+def units_at_several_sites(parts: Sequence[Partition], units: Units) -> int:
+    """Return how many units have rows at more than one site: each site's promise covers what is there alone."""
+    held = np.concatenate([np.unique(units.of_record[part.rows]) for part in parts])
+    return int((np.bincount(held, minlength=1) > 1).sum())
 
-    The draw depends on the seed and the site's name only, so a site's split is the same whoever else takes part.
-    `fraction` 0 holds nothing out; a single row is always trained on.
+
+def split_holdout(rows: Rows, units: Units, fraction: float, seed: int, site_name: str) -> tuple[Rows, Rows]:
+    """Split a site's rows into (train, held out), both ascending, no unit in both.
+
+    ⌊fraction · n + ½⌋ of the site's n units are held out, at most n − 1: 0 holds nothing out, and a single unit is
+    always trained on. The draw depends on the seed and the site's name only, so a site's split is the same whoever else
+    takes part.
     """
-    rng = _generator(seed, "holdout", site_name)
-    held = max(0, min(int(fraction * len(rows) + 0.5), len(rows) - 1))
-    shuffled = rng.permutation(np.sort(rows))
-    return _ascending(shuffled[held:]), _ascending(shuffled[:held])
+    own = _ascending(rows)
+    present = np.unique(units.of_record[own])
+    held = max(0, min(int(fraction * len(present) + 0.5), len(present) - 1))
+    drawn = _generator(seed, "holdout", site_name).permutation(present)[:held]
+    out = np.isin(units.of_record[own], drawn)
+    return own[~out], own[out]
 
 
 def _generator(seed: int, *stream: str) -> np.random.Generator:
@@ -102,10 +115,10 @@ def _shares(rng: np.random.Generator, alpha: float, sites: int) -> NDArray[np.fl
     return rng.dirichlet(np.full(sites, alpha))
 
 
-def _cut(rows: Rows, shares: NDArray[np.float64]) -> list[Rows]:
-    """Cut rows into consecutive parts in proportion to the shares."""
-    bounds = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(np.int64)
-    return np.split(rows, bounds)
+def _cut(units: Rows, shares: NDArray[np.float64]) -> list[Rows]:
+    """Cut units into consecutive parts in proportion to the shares."""
+    bounds = np.rint(np.cumsum(shares)[:-1] * len(units)).astype(np.int64)
+    return np.split(units, bounds)
 
 
 def _label_skew(
@@ -122,22 +135,22 @@ def _label_skew(
     of_label = [np.flatnonzero(which == label) for label in range(which.max() + 1)]
 
     def draw() -> list[Rows]:
-        pieces = [_cut(rng.permutation(rows), _shares(rng, alpha, sites)) for rows in of_label]
+        pieces = [_cut(rng.permutation(units), _shares(rng, alpha, sites)) for units in of_label]
         return [np.concatenate(site) for site in zip(*pieces, strict=True)]
 
     return draw
 
 
-def _redrawn(draw: Callable[[], list[Rows]], rows: int, sites: int) -> list[Rows]:
-    """Draw until no site is left (almost) without rows."""
-    least = min(_MIN_ROWS, rows // sites)
+def _redrawn(draw: Callable[[], list[Rows]], units: Units, sites: int) -> list[Rows]:
+    """Draw until no site is left (almost) without units."""
+    least = min(_MIN_UNITS, units.count // sites)
     for _ in range(_TRIES):
         parts = draw()
         if min(map(len, parts)) >= least:
             return parts
     raise DataError(
         "empty-site",
-        f"in {_TRIES} draws of {rows} records over {sites} sites, some site always had fewer than {least}",
+        f"in {_TRIES} draws of {units.count} {units.noun} over {sites} sites, some site always had fewer than {least}",
         hint="raise data.partition.alpha, lower federation.sites, or use data.partition.scheme=iid",
     )
 

@@ -69,5 +69,5 @@ def require_columns(needed: Iterable[str], found: Sequence[str], source: str) ->
                 f"{source} has no column '{name}'; its columns: {listed}",
                 hint=f"did you mean '{meant}'?"
                 if meant
-                else "name the columns with data.text=…, data.label=… and so on",
+                else "name the columns with data.text=…, data.label=…, privacy.unit=… and so on",
             )

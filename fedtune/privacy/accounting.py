@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 AccountantName = Literal["pld", "rdp", "prv"]
 Relation = Literal["add/remove one"]
+SamplerName = Literal["poisson", "shuffle"]
 Mechanism = tuple[float, float, int]  # (noise multiplier σ, sampling rate q, steps)
 
 LEAST_INTERVAL = 1e-5  # an ε far below this is overstated by it; a finer grid would take minutes for rare sampling
@@ -29,10 +30,12 @@ PESSIMISM = 1e-4  # sets the grid of the PLD, which overstates ε (measured: by 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`steps` adaptive runs of the Poisson-subsampled Gaussian mechanism.
+    """`steps` adaptive runs of the subsampled Gaussian mechanism.
 
-    Each draws every unit with probability `sampling_rate`, clips its contribution to `clip_norm` (L2) and adds noise
-    of standard deviation `noise_multiplier`·`clip_norm` to the sum. `noise_multiplier=0` is a step without privacy.
+    Each clips the contribution of every unit drawn to `clip_norm` (L2) and adds noise of standard deviation
+    `noise_multiplier`·`clip_norm` to the sum. `noise_multiplier=0` is a step without privacy. The sampler `poisson`
+    draws each unit in each step with probability q = `sampling_rate`; `shuffle` deals each unit to one of the 1/q steps
+    of an epoch, and `steps` are whole epochs.
     `noise` says where the draws came from; it does not change ε, but a `seeded` run is not for release.
     """
 
@@ -42,7 +45,7 @@ class Event:
     clip_norm: float
     unit: str = "record"
     relation: Relation = "add/remove one"
-    sampler: Literal["poisson"] = "poisson"
+    sampler: SamplerName = "poisson"
     noise: Literal["seeded", "secure"] = "seeded"
 
     def __post_init__(self) -> None:
@@ -51,7 +54,9 @@ class Event:
         _require(isinstance(self.steps, int) and self.steps >= 0, "steps", self)
         _require(math.isfinite(self.clip_norm) and self.clip_norm > 0, "clip_norm", self)
         _require(self.relation == "add/remove one", "relation", self)
-        _require(self.sampler == "poisson", "sampler", self)  # shuffling has no amplification that could be claimed
+        _require(self.sampler in {"poisson", "shuffle"}, "sampler", self)
+        if self.sampler == "shuffle":
+            _require(self.steps % steps_an_epoch(self.sampling_rate) == 0, "steps", self)
         _require(self.noise in {"seeded", "secure"}, "noise", self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,6 +77,18 @@ class Event:
 def _require(holds: bool, name: str, event: Event) -> None:
     if not holds:
         raise PrivacyError("event", f"an accounting event has {name}={getattr(event, name)!r}, which cannot be.")
+
+
+def steps_an_epoch(sampling_rate: float) -> int:
+    """Return 1/q, the steps in which shuffling uses every unit once; an error where that is not a whole number."""
+    steps = round(1 / sampling_rate)
+    if not math.isclose(steps * sampling_rate, 1.0, rel_tol=1e-9):
+        raise PrivacyError(
+            "epoch",
+            f"the sampling rate {sampling_rate:g} does not divide an epoch into whole steps.",
+            hint="Set training.sampling_rate to a half, a third, … (0.5, 0.25, 0.1), or training.sampler=poisson.",
+        )
+    return steps
 
 
 def merge(events: Iterable[Event]) -> tuple[Event, ...]:
@@ -97,7 +114,7 @@ def epsilon(events: Iterable[Event], delta: float, accountant: AccountantName = 
         raise PrivacyError(
             "delta",
             f"δ is {delta}; it is a probability strictly between 0 and 1.",
-            hint="Set privacy.delta below 1 / (number of records), or leave it out for 1/N^1.1.",
+            hint="Set privacy.delta below 1 / (number of units), or leave it out for 1/N^1.1.",
         )
     if accountant not in get_args(AccountantName):
         raise PrivacyError("unknown-accountant", f"there is no accountant {accountant!r}; known: pld, rdp, prv.")
@@ -111,9 +128,22 @@ def _mechanisms(history: tuple[Event, ...]) -> tuple[Mechanism, ...]:
     """(σ, q, steps) with equal (σ, q) joined: ε depends on nothing else, because noise is in units of the clip norm."""
     steps: dict[tuple[float, float], int] = {}
     for event in history:
-        key = (float(event.noise_multiplier), float(event.sampling_rate))
-        steps[key] = steps.get(key, 0) + event.steps
+        rate, count = as_poisson(event.sampler, event.sampling_rate, event.steps)
+        key = (float(event.noise_multiplier), rate)
+        steps[key] = steps.get(key, 0) + count
     return tuple((sigma, rate, count) for (sigma, rate), count in sorted(steps.items()))
+
+
+def as_poisson(sampler: SamplerName, sampling_rate: float, steps: int) -> tuple[float, int]:
+    """Return the rate and the number of Poisson-sampled steps that spend at least as much.
+
+    An epoch of shuffling is one step of the plain Gaussian mechanism, rate 1: a unit is in exactly one of its disjoint
+    batches, dealt without regard to other units, so the other steps do not depend on it (parallel composition).
+    Amplification by not knowing which step it was is real (Chua et al. 2024, arXiv 2412.16802) and not claimed.
+    """
+    if sampler == "poisson":
+        return float(sampling_rate), steps
+    return 1.0, steps // steps_an_epoch(sampling_rate)
 
 
 @lru_cache(maxsize=4096)

@@ -52,7 +52,7 @@ def _check(epsilon: float, delta: float, sampling_rate: float, steps: int) -> No
         raise PrivacyError(
             "delta",
             f"δ is {delta}; it is a probability strictly between 0 and 1.",
-            hint="Set privacy.delta below 1 / (number of records), or leave it out for 1/N^1.1.",
+            hint="Set privacy.delta below 1 / (number of units), or leave it out for 1/N^1.1.",
         )
     if not 0 < sampling_rate <= 1:
         raise PrivacyError("sampling-rate", f"the sampling rate is {sampling_rate}; it must be in (0, 1].")

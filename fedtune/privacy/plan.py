@@ -7,18 +7,24 @@ must follow from the noise, whoever wrote the plan.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.errors import PrivacyError
-from fedtune.privacy.accounting import AccountantName, Event, Relation, epsilon
+from fedtune.privacy.accounting import AccountantName, Event, Relation, SamplerName, as_poisson, epsilon
 from fedtune.privacy.calibration import calibrate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fedtune.privacy.clipping import ClippingName
+    from fedtune.privacy.engines import EngineName
     from fedtune.privacy.random import NoiseName
 
+_SAMPLED: dict[SamplerName, str] = {
+    "poisson": "Poisson-sampled steps",
+    "shuffle": "shuffled steps (no amplification claimed)",
+}
 NOT_PRIVATE = "NOT PRIVATE: privacy.mode=off, no noise is added and nothing bounds what one record reveals."
 
 
@@ -28,6 +34,10 @@ class PrivacyPlan:
 
     `epsilon` (the target; ∞ when `mode` is off) and `delta` hold for `max_steps` steps at `sampling_rate`, each clipped
     to `clip_norm` and noised with standard deviation `noise_multiplier`·`clip_norm` on the sum.
+
+    `unit` is `record`, or the name of the column whose equal values make a unit of several records; a step then uses at
+    most `max_records_per_unit` of them. Neither ε nor σ depends on it; δ and the expected batch are counted in units.
+    `clipping` says how contributions are scaled to `clip_norm`; the sensitivity is that norm with each way.
     """
 
     mode: Literal["dp", "off"]
@@ -38,10 +48,13 @@ class PrivacyPlan:
     sampling_rate: float
     max_steps: int
     unit: str = "record"
+    max_records_per_unit: int | None = None
     relation: Relation = "add/remove one"
-    sampler: Literal["poisson"] = "poisson"
+    sampler: SamplerName = "poisson"
     accountant: AccountantName = "pld"
     noise: NoiseName = "seeded"
+    engine: EngineName = "lora"
+    clipping: ClippingName = "fixed"
 
     def __post_init__(self) -> None:
         promised = self.mode == "dp" and self.epsilon >= 0 and 0 < self.delta < 1 and self.noise_multiplier > 0
@@ -51,6 +64,12 @@ class PrivacyPlan:
                 f"no plan of mode {self.mode!r} has ε = {self.epsilon}, δ = {self.delta} and the noise multiplier "
                 f"{self.noise_multiplier}.",
             )
+        bound = self.max_records_per_unit
+        grouped = self.unit not in {"", "record"} and isinstance(bound, int) and bound >= 1
+        if not (grouped or (self.unit == "record" and bound is None)):
+            raise PrivacyError("plan", f"no plan is about the unit {self.unit!r} with at most {bound!r} records of it.")
+        if self.clipping not in {"fixed", "auto-s", "auto-v"}:
+            raise PrivacyError("plan", f"no plan clips by {self.clipping!r}.", hint="fixed, auto-s or auto-v")
         self.event(self.max_steps)  # which checks its own terms
 
     @classmethod
@@ -62,12 +81,13 @@ class PrivacyPlan:
         clip_norm: float,
         sampling_rate: float,
         max_steps: int,
+        sampler: SamplerName = "poisson",
         noise: NoiseName = "seeded",
-        unit: str = "record",
     ) -> PrivacyPlan:
         """Return the plan with the least noise that keeps (ε, δ) over all steps."""
-        sigma = calibrate(epsilon, delta, sampling_rate, max_steps)
-        return cls("dp", epsilon, delta, sigma, clip_norm, sampling_rate, max_steps, unit=unit, noise=noise)
+        rate, steps = as_poisson(sampler, sampling_rate, max_steps)
+        sigma = calibrate(epsilon, delta, rate, steps)
+        return cls("dp", epsilon, delta, sigma, clip_norm, sampling_rate, max_steps, sampler=sampler, noise=noise)
 
     @classmethod
     def from_noise(  # noqa: PLR0913 - these are the terms of the promise, by keyword
@@ -78,11 +98,11 @@ class PrivacyPlan:
         clip_norm: float,
         sampling_rate: float,
         max_steps: int,
+        sampler: SamplerName = "poisson",
         noise: NoiseName = "seeded",
-        unit: str = "record",
     ) -> PrivacyPlan:
         """Return the plan for a given noise multiplier; its ε is what the accountant makes of all steps."""
-        event = Event(noise_multiplier, sampling_rate, max_steps, clip_norm, unit=unit, noise=noise)
+        event = Event(noise_multiplier, sampling_rate, max_steps, clip_norm, sampler=sampler, noise=noise)
         return cls(
             "dp",
             epsilon([event], delta),
@@ -91,14 +111,20 @@ class PrivacyPlan:
             clip_norm,
             sampling_rate,
             max_steps,
-            unit=unit,
+            sampler=sampler,
             noise=noise,
         )
 
     @classmethod
-    def off(cls, *, sampling_rate: float, max_steps: int, clip_norm: float = 1.0) -> PrivacyPlan:
+    def off(
+        cls, *, sampling_rate: float, max_steps: int, clip_norm: float = 1.0, sampler: SamplerName = "poisson"
+    ) -> PrivacyPlan:
         """Return the plan of a study without privacy: sampled alike, neither clipped nor noised, ε = ∞."""
-        return cls("off", math.inf, 0.0, 0.0, clip_norm, sampling_rate, max_steps)
+        return cls("off", math.inf, 0.0, 0.0, clip_norm, sampling_rate, max_steps, sampler=sampler)
+
+    def about(self, unit: str, max_records_per_unit: int) -> PrivacyPlan:
+        """Return the same plan about another unit; the bound on a unit's records says nothing where it is a record."""
+        return replace(self, unit=unit, max_records_per_unit=None if unit == "record" else max_records_per_unit)
 
     def event(self, steps: int) -> Event:
         """Return the accounting event of `steps` steps of this plan."""
@@ -141,6 +167,21 @@ class PrivacyPlan:
             )
 
     @property
+    def noun(self) -> str:
+        """What a text calls one unit after it has said what a unit is."""
+        return "record" if self.unit == "record" else "unit"
+
+    @property
+    def one_unit(self) -> str:
+        """What neighbouring data sets differ in, in words."""
+        if self.unit == "record":
+            return "one record"
+        return (
+            f"one unit (all records with the same {self.unit}, of which at most {self.max_records_per_unit} are used "
+            "in a step)"
+        )
+
+    @property
     def statement(self) -> str:
         """One sentence for every output: what is promised, about whom, by which means, and what is not."""
         if self.mode == "off":
@@ -151,11 +192,11 @@ class PrivacyPlan:
             else "a seeded generator (whoever knows the seed can remove it: not for release)"
         )
         return (
-            f"(ε = {self.epsilon:.4g}, δ = {self.delta:.3g})-differential privacy for one {self.unit} added to or "
-            f"removed from a site, over at most {self.max_steps} {self.sampler.capitalize()}-sampled steps at rate "
-            f"{self.sampling_rate:g}, by the {self.accountant.upper()} accountant; noise from {source}; not protected: "
-            f"facts repeated in several {self.unit}s, a site's rounded number of {self.unit}s, and held-out metrics "
-            "that leave a site."
+            f"(ε = {self.epsilon:.4g}, δ = {self.delta:.3g})-differential privacy for {self.one_unit} added to or "
+            f"removed from a site, over at most {self.max_steps} {_SAMPLED[self.sampler]} at rate "
+            f"{self.sampling_rate:g}, each contribution clipped to norm {self.clip_norm:g} ({self.clipping}), by the "
+            f"{self.accountant.upper()} accountant; noise from {source}; not protected: facts repeated in several "
+            f"{self.noun}s, a site's rounded number of {self.noun}s, and held-out metrics that leave a site."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,21 +220,21 @@ def default_delta(units: int) -> float:
         raise PrivacyError(
             "too-few-units",
             f"δ = 1/N^1.1 promises nothing for N = {units}.",
-            hint="Use a site with more records, or set privacy.delta.",
+            hint="Use a site with more records (of more units, if privacy.unit names a column), or set privacy.delta.",
         )
     return float(units**-1.1)
 
 
-def delta_warning(delta: float, units: int) -> str | None:
-    """Return why δ is too large for N units, or None.
+def delta_warning(delta: float, units: int, noun: str = "record") -> str | None:
+    """Return why δ is too large for N units, or None; `noun` is what the message calls a unit.
 
-    A mechanism that publishes each record with probability δ is (0, δ)-private: at δ ≥ 1/N it publishes one on average.
+    A mechanism that publishes each unit with probability δ is (0, δ)-private: at δ ≥ 1/N it publishes one on average.
     """
     if delta * units < 1:
         return None
     return (
         f"δ = {delta:g} is at least 1/N for N = {units}: a mechanism that publishes {max(1, round(delta * units))} of "
-        f"the records outright on average would satisfy it. Choose δ below {1 / units:.2g}."
+        f"the {noun}s outright on average would satisfy it. Choose δ below {1 / units:.2g}."
     )
 
 
@@ -201,7 +242,7 @@ def public_count(units: int) -> int:
     """Return N rounded to two significant digits: the only form in which a site's size is used or leaves it.
 
     N changes by one between neighbouring data sets, so it is itself private. The rounded number almost never changes
-    with one record; where even that is too much, or N is below 100 and rounding hides nothing, let the study's contract
+    with one unit; where even that is too much, or N is below 100 and rounding hides nothing, let the study's contract
     fix the number. As the normaliser q·N it only scales the step.
     """
     digits = len(str(abs(units)))

@@ -11,13 +11,21 @@ _RUNTIME = 500_000_000  # Python, torch and transformers themselves
 
 
 def memory_bytes(plan: StudyPlan, base: BaseModel) -> int:
-    """Return weights + per-record gradients + activations of one physical batch at full length + the runtime."""
+    """Return weights + per-record gradients + activations of one physical batch at full length + the runtime.
+
+    A physical batch holds at most `training.physical_batch` records and, padding included, `physical_tokens` tokens; a
+    single record may be longer.
+    """
     weights = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
     records = plan.training.physical_batch
-    gradients = _FLOAT * records * plan.adapter.trained * 2  # Opacus' rows and their flat copy
+    tokens = records * plan.data.max_tokens
+    if plan.training.physical_tokens is not None:
+        tokens = min(tokens, max(plan.training.physical_tokens, plan.data.max_tokens))
+    copies = 2 if plan.promise.engine == "opacus" else 1  # Opacus' own rows and their flat copy
+    gradients = _FLOAT * records * plan.adapter.trained * copies
     width = int(base.config.get("hidden_size", base.config.get("n_embd", 0)))
     layers = int(base.config.get("num_hidden_layers", base.config.get("n_layer", 0)))
-    activations = _FLOAT * records * plan.data.max_tokens * width * layers * _ACTIVATIONS
+    activations = _FLOAT * tokens * width * layers * _ACTIVATIONS
     vocabulary = int(base.config.get("vocab_size", 0)) if plan.task.kind == "causal-lm" else 0
-    logits = _FLOAT * records * plan.data.max_tokens * vocabulary * 2
+    logits = _FLOAT * tokens * vocabulary * 2
     return weights + gradients + activations + logits + _RUNTIME

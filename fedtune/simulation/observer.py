@@ -40,4 +40,5 @@ def study_info(plan: StudyPlan, run_dir: Path) -> StudyInfo:
         not_private=not private,
         not_for_release=private and plan.promise.noise == "seeded",
         run_dir=str(run_dir),
+        one_unit=plan.promise.one_unit,
     )

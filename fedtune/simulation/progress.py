@@ -32,6 +32,7 @@ class StudyInfo:
     not_private: bool
     not_for_release: bool
     run_dir: str
+    one_unit: str = "one record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def choose(stream: TextIO, output: Literal["text", "json"] | str) -> Progress:  
 
 
 def promise(study: StudyInfo) -> str:
-    """Say what the study promises to a record; NOT PRIVATE when it promises nothing."""
+    """Say what the study promises to a privacy unit; NOT PRIVATE when it promises nothing."""
     if study.not_private:
         return "NOT PRIVATE (privacy.mode=off)"
     target = (
@@ -143,7 +144,7 @@ def promise(study: StudyInfo) -> str:
     )
     delta = f" at δ = {study.delta:.3g}" if study.delta is not None else ""
     release = "; seeded noise: not for release" if study.not_for_release else ""
-    return f"ε {target}{delta} for each record{release}"
+    return f"ε {target}{delta} for {printable(study.one_unit)}{release}"
 
 
 def privacy_now(study: StudyInfo, finished: Sequence[RoundInfo]) -> str:

@@ -119,8 +119,9 @@ def _privacy(summary: Summary) -> Text:
             style="bold red",
         )
     text = Text(
-        f"Privacy: ε ≤ {epsilon_text(privacy['max_epsilon'])} at δ = {_delta_text(privacy['delta'])} for one "
-        f"{privacy['unit']} ({privacy['relation']}), {privacy['sampler']} sampling, {privacy['accountant']} accountant."
+        f"Privacy: ε ≤ {epsilon_text(privacy['max_epsilon'])} at δ = {_delta_text(privacy['delta'])} for "
+        f"{printable(privacy['one_unit'])} ({privacy['relation']}), {privacy['sampler']} sampling, "
+        f"{privacy['accountant']} accountant."
     )
     if privacy.get("statement"):
         text.append(f"\n{printable(privacy['statement'])}")

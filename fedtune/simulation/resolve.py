@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedtune.aggregation import compatibility
 from fedtune.aggregation.algorithms import get_algorithm
 from fedtune.aggregation.weights import site_weights
 from fedtune.config.machine import Machine
@@ -19,24 +18,24 @@ from fedtune.config.plan import AdapterPlan, DataPlan, ModelPlan, StudyPlan
 from fedtune.config.schema import PrivacySettings, Settings
 from fedtune.data.formats import read_table
 from fedtune.data.loading import labelled, load
-from fedtune.data.partitions import split_holdout
 from fedtune.data.records import to_records
 from fedtune.data.table import Table
 from fedtune.data.tasks import Task, find_task
-from fedtune.errors import ConfigError, PrivacyError
-from fedtune.flower.engine import check_backend
+from fedtune.errors import ConfigError
 from fedtune.model.base import BaseModel, find_base
 from fedtune.model.build import Recipe, build, check_length
 from fedtune.privacy.inspection import refuse_coupled
 from fedtune.privacy.plan import PrivacyPlan, default_delta, delta_warning, public_count
 from fedtune.run.folder import default_path
-from fedtune.simulation.sites import bank_messages, deal_rows
+from fedtune.simulation.dealing import Deal, Dealing
+from fedtune.simulation.refusals import refuse_early, refuse_told_unit
+from fedtune.simulation.sites import bank_messages
 from fedtune.simulation.workspace import layout_hash
 
 
 @dataclass(frozen=True, slots=True)
 class SiteSize:
-    """One site's name, its public (rounded) number of training records, and how many records it holds out."""
+    """One site's name, its public (rounded) number of units to train on, and how many records it holds out."""
 
     name: str
     units: int
@@ -56,17 +55,21 @@ class Resolved:
 
 def resolve(settings: Settings) -> Resolved:
     """Return the study that settings describe, or refuse it with the reason."""
-    _refuse_early(settings)
+    refuse_early(settings)
     base = find_base(settings.model)
     check_length(base, settings.data.max_tokens)
     table, task = read_records(settings)
     _check_records(settings, table, task)
-    sites = _sizes(settings, table, task)
+    refuse_told_unit(settings, task)
+    deal = Dealing.of_settings(settings).deal(table, task)
+    sites = _sizes(deal)
     site_weights(settings.aggregation, [site.name for site in sites])
-    privacy = _privacy(settings, sites)
+    wanted = settings.privacy
+    privacy = replace(_privacy(settings, sites), engine=wanted.engine, clipping=wanted.clipping)
+    privacy = privacy.about(wanted.unit, wanted.max_records_per_unit)
     machine = _machine(settings, base)
     plan = _plan(settings, task, base, privacy, machine)
-    return Resolved(plan, machine, base, sites, _warnings(settings, privacy, sites))
+    return Resolved(plan, machine, base, sites, _warnings(settings, privacy, sites, deal.scattered))
 
 
 def read_records(settings: Settings) -> tuple[Table, Task]:
@@ -77,7 +80,7 @@ def read_records(settings: Settings) -> tuple[Table, Task]:
         return table, labelled(table, find_task(data, list(table.columns)), data)
     if data.path is None:
         raise ConfigError("no-data", "the study has no records: data.path is not set", hint="data.path=FILE")
-    also = [data.partition.column] if data.partition.column else []
+    also = Dealing.of_settings(settings).columns
     return load(data.path, data, also=also, allow_download=settings.model.allow_download)
 
 
@@ -89,38 +92,18 @@ def _check_records(settings: Settings, table: Table, task: Task) -> None:
         to_records(read_table(settings.data.test, "auto", columns=task.used, allow_download=downloads), task)
 
 
-def _refuse_early(settings: Settings) -> None:
-    check_backend(settings.run.backend)
-    compatibility.check(settings.aggregation, settings.training)
-    privacy, federation = settings.privacy, settings.federation
-    if privacy.mode == "dp" and privacy.noise_multiplier is None and not privacy.epsilon > 0:
-        raise PrivacyError(
-            "epsilon",
-            f"privacy.epsilon={privacy.epsilon:g} promises nothing that can be kept; it must be above 0",
-            hint="privacy.epsilon=8, or privacy=off for a study without privacy",
-        )
-    if federation.sites_per_round is not None and federation.sites_per_round > federation.sites:
-        raise ConfigError(
-            "sites-per-round",
-            f"federation.sites_per_round={federation.sites_per_round} is above federation.sites={federation.sites}",
-            hint="federation.sites_per_round=null asks every site",
-        )
-
-
-def _sizes(settings: Settings, table: Table, task: Task) -> tuple[SiteSize, ...]:
-    parts = deal_rows(settings.data.partition, task, table, settings.federation.sites, settings.seed)
-    sizes = []
-    for part in parts:
-        train, held_out = split_holdout(part.rows, settings.data.holdout, settings.seed, part.name)
-        sizes.append(SiteSize(part.name, public_count(len(train)), len(held_out)))
-    return tuple(sizes)
+def _sizes(deal: Deal) -> tuple[SiteSize, ...]:
+    counts = [deal.units.take(site.train).count for site in deal.sites]
+    pairs = zip(deal.sites, counts, strict=True)
+    return tuple(SiteSize(site.name, public_count(count), len(site.held_out)) for site, count in pairs)
 
 
 def _privacy(settings: Settings, sites: tuple[SiteSize, ...]) -> PrivacyPlan:
     wanted, training = settings.privacy, settings.training
     steps, rate = settings.federation.rounds * training.local_steps, training.sampling_rate
     if wanted.mode == "off":
-        return PrivacyPlan.off(sampling_rate=rate, max_steps=steps, clip_norm=wanted.clip_norm)
+        clip_norm, sampler = wanted.clip_norm, training.sampler
+        return PrivacyPlan.off(sampling_rate=rate, max_steps=steps, clip_norm=clip_norm, sampler=sampler)
     delta = _delta(wanted, sites)
     if wanted.noise_multiplier is not None:
         return PrivacyPlan.from_noise(
@@ -129,6 +112,7 @@ def _privacy(settings: Settings, sites: tuple[SiteSize, ...]) -> PrivacyPlan:
             clip_norm=wanted.clip_norm,
             sampling_rate=rate,
             max_steps=steps,
+            sampler=training.sampler,
             noise=wanted.noise,
         )
     return PrivacyPlan.calibrated(
@@ -137,6 +121,7 @@ def _privacy(settings: Settings, sites: tuple[SiteSize, ...]) -> PrivacyPlan:
         clip_norm=wanted.clip_norm,
         sampling_rate=rate,
         max_steps=steps,
+        sampler=training.sampler,
         noise=wanted.noise,
     )
 
@@ -184,6 +169,8 @@ def _plan(settings: Settings, task: Task, base: BaseModel, privacy: PrivacyPlan,
         head_center=settings.model.head_center,
         head_scale=settings.model.head_scale,
         dtype=settings.model.dtype,
+        attention=settings.model.attention,
+        quantization=settings.model.quantization,
     )
     return StudyPlan(
         name=settings.study.name,
@@ -217,13 +204,11 @@ def _adapter_plan(settings: Settings, task: Task, base: BaseModel, model: ModelP
     recipe = Recipe(
         task,
         settings.lora,
-        model.head,
-        model.head_init,
-        model.head_center,
-        model.head_scale,
-        model.dtype,
+        model,
         settings.seed,
         settings.data.max_tokens,
+        settings.training.autocast,
+        settings.training.gradient_checkpointing,
     )
     workspace = build(base, recipe, machine.device)
     if settings.privacy.mode == "dp":
@@ -250,15 +235,21 @@ def _slug(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:64] or "data"
 
 
-def _warnings(settings: Settings, privacy: PrivacyPlan, sites: tuple[SiteSize, ...]) -> tuple[str, ...]:
+def _warnings(settings: Settings, privacy: PrivacyPlan, sites: tuple[SiteSize, ...], scattered: int) -> tuple[str, ...]:
     found = []
     if privacy.mode == "off":
         found.append(privacy.statement)
     else:
         smallest = min(site.units for site in sites)
-        found.extend(note for note in [delta_warning(privacy.delta, smallest)] if note)
+        found.extend(note for note in [delta_warning(privacy.delta, smallest, privacy.noun)] if note)
         if privacy.noise == "seeded":
             found.append("Seeded noise: whoever knows the plan can remove it. For studies only, not for release.")
+        if scattered:
+            found.append(
+                f"{scattered} units (values of {privacy.unit}) have records at several sites. Each site's promise "
+                "covers its own records of a unit alone: what several sites reveal of it adds up, and one may train on "
+                "what another holds out."
+            )
     if settings.evaluation.site_metrics == "off" and settings.data.test is None:
         found.append("No metric will be measured: evaluation.site_metrics=off and data.test is not set.")
     return tuple(found)

@@ -12,28 +12,27 @@ from typing import Any
 
 from fedtune.config.machine import Machine
 from fedtune.config.plan import StudyPlan
-from fedtune.config.schema import PartitionSettings
 from fedtune.data.bank_messages import generate
 from fedtune.data.fingerprint import fingerprint
 from fedtune.data.formats import read_table
-from fedtune.data.labels import label_names
-from fedtune.data.partitions import Partition, partition, split_holdout
 from fedtune.data.records import to_records
 from fedtune.data.table import Table
-from fedtune.data.tasks import Task
 from fedtune.data.templates import Example, render_all
+from fedtune.data.units import Units
 from fedtune.errors import RunError
+from fedtune.simulation.dealing import Deal, Dealing, SiteRows
 
 MESSAGES_A_BANK = 400
 
 
 @dataclass(frozen=True, slots=True)
 class SiteData:
-    """One site's examples; `data_sha256` identifies the whole data set by content."""
+    """One site's examples; `units` are those of `train`, `data_sha256` identifies the whole data set by content."""
 
     name: str
     train: Sequence[Example]
     held_out: Sequence[Example]
+    units: Units
     data_sha256: str
 
 
@@ -42,13 +41,19 @@ class DealtData:
     """All sites' examples and which rows each site holds for training and for measuring."""
 
     examples: Sequence[Example]
-    rows: tuple[tuple[str, Any, Any], ...]
+    deal: Deal
     sha256: str
+
+    @property
+    def rows(self) -> tuple[SiteRows, ...]:
+        """Each site's rows."""
+        return self.deal.sites
 
     def site(self, index: int) -> SiteData:
         """Return one site's share."""
         name, train, held_out = self.rows[index]
-        return SiteData(name, [self.examples[i] for i in train], [self.examples[i] for i in held_out], self.sha256)
+        chosen = [self.examples[i] for i in train], [self.examples[i] for i in held_out]
+        return SiteData(name, *chosen, self.deal.units.take(train), self.sha256)
 
 
 def bank_messages(banks: int, limit: int | None) -> Table:
@@ -73,35 +78,15 @@ def _read(plan: StudyPlan, machine: Machine, columns: Sequence[str]) -> Table:
     )
 
 
-def deal(plan: StudyPlan, table: Table) -> tuple[Partition, ...]:
-    """Deal the rows of a table to the plan's sites."""
-    return deal_rows(plan.data.partition, plan.task, table, plan.federation.sites, plan.seed)
-
-
-def deal_rows(settings: PartitionSettings, task: Task, table: Table, sites: int, seed: int) -> tuple[Partition, ...]:
-    """Deal the rows of a table to sites before there is a plan."""
-    labels = label_names(table, task.columns["label"]) if task.kind == "classification" else None
-    column = label_names(table, settings.column) if settings.column else None
-    return partition(settings, rows=table.rows, labels=labels, column=column, sites=sites, seed=seed)
-
-
-def needed_columns(task: Task, partition_column: str | None) -> list[str]:
-    """Return the columns a simulation reads: the task's and the one that names the sites."""
-    return [*task.used, *([partition_column] if partition_column and partition_column not in task.used else [])]
-
-
 @lru_cache(maxsize=2)
 def dealt(plan_json: str, machine: Machine, tokenizer: Any) -> DealtData:
     """Read, render and deal the data of a simulation, once a process."""
     plan = StudyPlan.from_json(plan_json)
-    columns = needed_columns(plan.task, plan.data.partition.column)
+    dealing = Dealing.of_plan(plan)
+    columns = dealing.columns_with(plan.task)
     table = _read(plan, machine, columns)
     examples = render_all(to_records(table, plan.task), tokenizer, plan.task, plan.data.max_tokens)
-    rows = []
-    for part in deal(plan, table):
-        train, held_out = split_holdout(part.rows, plan.data.holdout, plan.seed, part.name)
-        rows.append((part.name, train, held_out))
-    return DealtData(examples, tuple(rows), fingerprint(table, columns))
+    return DealtData(examples, dealing.deal(table, plan.task), fingerprint(table, columns))
 
 
 def test_examples(plan: StudyPlan, machine: Machine, tokenizer: Any) -> list[Example]:

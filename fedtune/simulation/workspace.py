@@ -41,17 +41,15 @@ def _open_once(plan_json: str, machine: Machine) -> Workspace:
 
 def recipe_of(plan: StudyPlan) -> Recipe:
     """Return the plan's words for the model."""
-    model = plan.model
+    training = plan.training
     return Recipe(
         plan.task,
         plan.lora,
-        model.head,
-        model.head_init,
-        model.head_center,
-        model.head_scale,
-        model.dtype,
+        plan.model,
         plan.seed,
         plan.data.max_tokens,
+        training.autocast,
+        training.gradient_checkpointing,
     )
 
 

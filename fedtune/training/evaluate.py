@@ -14,12 +14,13 @@ from fedtune.data.templates import IGNORED, Example
 from fedtune.evaluation.metrics import Confusion, Tally, total
 from fedtune.model.layout import AdapterState
 from fedtune.model.workspace import Workspace
+from fedtune.privacy.lora_layers import fused
 
 
 def evaluate(workspace: Workspace, adapter: AdapterState, examples: Sequence[Example], batch_size: int) -> Tally:
     """Return the tally of an adapter on examples; tensors the adapter does not name are at the study's start."""
     workspace.load({**workspace.initial, **adapter})
-    with torch.inference_mode():
+    with torch.inference_mode(), fused(workspace.model):
         parts = [_tally(workspace, batch) for _, batch in batches(workspace, examples, batch_size)]
     return total(parts) if parts else _empty(workspace)
 

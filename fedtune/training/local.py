@@ -1,14 +1,14 @@
 """One round at a site: Example → Batch → ClippedSum → NoisyGradient → adapter.
 
 The round reads as that line. The sampler that draws the batches is the one whose rate the event states, an empty batch
-is a step like any other, and the gradient is divided by the expected batch size of the site's public record count.
+is a step like any other, and the gradient is divided by the expected batch size of the site's public count of units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,21 +17,24 @@ from torch import nn
 
 from fedtune.config.plan import StudyPlan
 from fedtune.data.batches import Batch, collate
-from fedtune.data.sampling import PoissonSampler, physical_batches
+from fedtune.data.sampling import choose_records, physical_batches, sampler_of
 from fedtune.data.templates import Example
+from fedtune.data.units import Units
 from fedtune.errors import PrivacyError
 from fedtune.model.layout import AdapterLayout, AdapterState
 from fedtune.model.workspace import Workspace
 from fedtune.privacy.accounting import Event
 from fedtune.privacy.clipping import ClippedSum, clip_and_sum
-from fedtune.privacy.engines import OpacusEngine, PerSampleEngine, summed_gradient
+from fedtune.privacy.engines import PerSampleEngine, open_engine, summed_gradient
+from fedtune.privacy.lora_layers import fused
 from fedtune.privacy.noise import NoisyGradient, add_noise, mean_without_noise
 from fedtune.privacy.random import RandomSource, SecureSource, SeededSource
+from fedtune.privacy.units import unit_rows
 from fedtune.training import optimizers
 from fedtune.training.objective import losses
 
 OptimizerState = Mapping[str, NDArray[np.float32]]
-Step = Callable[[list[Batch], RandomSource], tuple[NoisyGradient, int]]
+Step = Callable[["_Drawn", RandomSource], tuple[NoisyGradient, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,16 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class LocalResult:
-    """What a site has after its local steps: the trained tensors to send, its optimiser state, and what it spent."""
+    """What a site has after its local steps: the trained tensors to send, its optimiser state, and what it spent.
+
+    `records_seen` counts records, `units_dropped` the units that were not finite; both stay at the site.
+    """
 
     state: AdapterState
     optimizer_state: OptimizerState
     event: Event | None
     records_seen: int
-    records_dropped: int
+    units_dropped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,17 @@ class _Round:
     plan: StudyPlan
     workspace: Workspace
     examples: Sequence[Example]
+    units: Units
     lengths: NDArray[np.int64]
     parameters: tuple[tuple[str, nn.Parameter], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """One logical batch, cut into physical ones; `units` holds the unit of each record of each of them."""
+
+    batches: Sequence[Batch]
+    units: Sequence[NDArray[np.int64]]
 
 
 def event_of_round(plan: StudyPlan) -> Event | None:
@@ -81,11 +96,14 @@ def train_round(
     examples: Sequence[Example],
     assignment: Assignment,
     layouts: tuple[AdapterLayout, AdapterLayout],
+    units: Units | None = None,
 ) -> LocalResult:
-    """Train one round; `layouts` are what is trained and what is sent.
+    """Train one round; `layouts` are what is trained and what is sent, `units` says which examples are one unit.
 
-    Deterministic in (plan, site, round, adapter, optimiser state) with seeded noise, on one machine and thread count.
-    Error: `privacy.unreserved` when the assignment does not carry the event that this round costs.
+    Without `units` each example is a unit. Deterministic in (plan, site, round, adapter, optimiser state) with seeded
+    noise, on one machine and thread count. Errors: `privacy.unreserved` when the assignment does not carry the event
+    that this round costs, `privacy.units` when `units` are not of these examples or the plan's unit is a column and
+    there are none.
     """
     if assignment.reserved != event_of_round(plan):
         raise PrivacyError("unreserved", f"round {assignment.round} would be trained without its event on disk")
@@ -95,24 +113,25 @@ def train_round(
     optimizer = optimizers.make_optimizer(plan.training, parameters, trained)
     optimizers.load_state(optimizer, parameters, assignment.optimizer_state)
     lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
-    seen, dropped = _steps(_Round(plan, workspace, examples, lengths, parameters), assignment, optimizer)
+    this = _Round(plan, workspace, examples, _units(plan, units, len(examples)), lengths, parameters)
+    seen, dropped = _steps(this, assignment, optimizer)
     kept = optimizers.dump_state(optimizer, parameters) if plan.training.optimizer_state == "keep" else {}
     return LocalResult(workspace.export(sent), kept, assignment.reserved, seen, dropped)
 
 
 def _steps(this: _Round, assignment: Assignment, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     plan, seen, dropped = this.plan, 0, 0
-    sampler = PoissonSampler(len(this.examples), plan.promise.sampling_rate)
+    sampler = sampler_of(plan.promise.sampler, this.units.count, plan.promise.sampling_rate)
     source = _source(plan, assignment)
     with _gradients(this) as clipped_or_plain:
-        for local in range(plan.training.local_steps):
-            batches = _batches(this, sampler.draw(source))
+        for local, units in enumerate(sampler.draws(source, plan.training.local_steps)):
+            drawn = _drawn(this, units, source)
             done = (assignment.round - 1) * plan.training.local_steps + local
             with this.workspace.dropout(source):
-                gradient, lost = clipped_or_plain(batches, source)
-            factor = _rate_factor(plan, done, len(this.examples))
+                gradient, lost = clipped_or_plain(drawn, source)
+            factor = _rate_factor(plan, done, this.units.count)
             optimizers.step(optimizer, this.parameters, gradient.mean, factor)
-            seen, dropped = seen + sum(batch.records for batch in batches), dropped + lost
+            seen, dropped = seen + sum(batch.records for batch in drawn.batches), dropped + lost
     return seen, dropped
 
 
@@ -129,41 +148,54 @@ def _source(plan: StudyPlan, assignment: Assignment) -> RandomSource:
     return SeededSource("training", plan.seed, plan.sha256, assignment.site, assignment.round)
 
 
-def _batches(this: _Round, indices: NDArray[np.int64]) -> list[Batch]:
+def _units(plan: StudyPlan, units: Units | None, records: int) -> Units:
+    """Return the units of the plan's promise, and clip no others: each would have another sensitivity."""
+    per_record = plan.promise.unit == "record"
+    if units is None and per_record:
+        return Units.each_record(records)
+    if units is None or len(units.of_record) != records or (per_record and units.count != records):
+        raise PrivacyError("units", f"the plan's unit is {plan.promise.unit}, and {records} records have no such units")
+    return units
+
+
+def _drawn(this: _Round, units: NDArray[np.int64], source: RandomSource) -> _Drawn:
     """Cut a logical batch into physical ones; none for an empty batch, so that no forward pass sees zero records."""
-    groups = physical_batches(indices, this.lengths, this.plan.training.physical_batch)
+    training = this.plan.training
+    records = choose_records(this.units, units, this.plan.promise.max_records_per_unit, source)
+    groups = physical_batches(records, this.lengths, training.physical_batch, training.physical_tokens, this.units)
     kind, pad = this.workspace.task.kind, this.workspace.pad_id
-    return [collate([this.examples[i] for i in group], pad, kind).to(this.workspace.device) for group in groups]
+    batches = [collate([this.examples[i] for i in group], pad, kind).to(this.workspace.device) for group in groups]
+    return _Drawn(batches, [this.units.of_record[group] for group in groups])
 
 
 @contextmanager
 def _gradients(this: _Round) -> Iterator[Step]:
     """Open the way from batches to a gradient: clipped and noisy, or plain for a study without privacy."""
     if this.plan.promise.mode == "off":
-        yield lambda batches, _source: (_plain(this, batches), 0)
+        with fused(this.workspace.model):
+            yield lambda drawn, _source: (_plain(this, drawn), 0)
         return
-    with OpacusEngine(this.workspace.model, this.parameters) as engine:
-        yield lambda batches, source: _private(this, engine, batches, source)
+    with open_engine(this.plan.promise.engine, this.workspace.model, this.parameters) as engine:
+        yield lambda drawn, source: _private(this, engine, drawn, source)
 
 
-def _private(
-    this: _Round, engine: PerSampleEngine, batches: list[Batch], source: RandomSource
-) -> tuple[NoisyGradient, int]:
-    """Clip each record, sum, add the plan's noise, divide by the expected batch size."""
+def _private(this: _Round, engine: PerSampleEngine, drawn: _Drawn, source: RandomSource) -> tuple[NoisyGradient, int]:
+    """Clip each unit, sum, add the plan's noise, divide by the expected batch size."""
     promise = this.plan.promise
     size = sum(parameter.numel() for _, parameter in this.parameters)
     clipped = ClippedSum.zero(size, promise.clip_norm, this.workspace.device)
-    for batch in batches:
-        rows = engine.per_sample_gradients(losses(this.workspace, batch), batch.records)
-        clipped += clip_and_sum(rows, promise.clip_norm)
-    expected = promise.expected_batch(len(this.examples))
+    of_records = (engine.per_sample_gradients(losses(this.workspace, batch), batch.records) for batch in drawn.batches)
+    for rows in unit_rows(of_records, drawn.units):
+        clipped += clip_and_sum(rows, promise.clip_norm, promise.clipping)
+    clipped = replace(clipped, total=engine.arrange(clipped.total))
+    expected = promise.expected_batch(this.units.count)
     return add_noise(clipped, promise.noise_multiplier, source, expected), clipped.dropped
 
 
-def _plain(this: _Round, batches: list[Batch]) -> NoisyGradient:
-    """Sum plain gradients over the same Poisson batches, divided by the same expected batch size."""
+def _plain(this: _Round, drawn: _Drawn) -> NoisyGradient:
+    """Sum plain gradients over the same batches, divided by the same expected batch size."""
     size = sum(parameter.numel() for _, parameter in this.parameters)
     total = torch.zeros(size, dtype=torch.float64, device=this.workspace.device)
-    for batch in batches:
+    for batch in drawn.batches:
         total += summed_gradient(this.parameters, losses(this.workspace, batch), batch.records)
-    return mean_without_noise(total, this.plan.promise.expected_batch(len(this.examples)))
+    return mean_without_noise(total, this.plan.promise.expected_batch(this.units.count))

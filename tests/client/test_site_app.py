@@ -68,6 +68,15 @@ def test_a_site_tells_its_rounded_size_and_no_other(study: Study) -> None:
     assert (reply.site, reply.events) == (asked.bench.name, ())
 
 
+def test_a_site_tells_the_rounded_number_of_its_patients_where_they_are_the_unit(study: Study) -> None:
+    asked = study(privacy__unit="patient_id", federation__sites=1)
+    assert asked.bench.units is not None
+    reply = decode_description(asked.ask("query.describe", 0, {}).content, asked.plan.sha256)
+    assert not isinstance(reply, Refusal)
+    assert reply.units == public_count(asked.bench.units.count) < len(asked.bench.examples)
+    assert update(asked).events == (Event(0.7, 0.5, 2, 0.5, unit="patient_id"),)
+
+
 def test_an_evaluation_holds_sums_only(study: Study) -> None:
     asked = study()
     reply = decode_evaluation(asked.ask("evaluate").content, asked.plan.sha256)

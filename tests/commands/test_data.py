@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tests.support.runs import Study, command
-from tests.support.tiny import question_jsonl, tiny_base
+from tests.support.tiny import bank_csv, question_jsonl, tiny_base
 
 
 def check(study: Study, path: Path, *words: str) -> list[str]:
@@ -53,3 +53,14 @@ def test_a_broken_file_is_one_error_with_its_line(study: Study, tmp_path: Path) 
     done = command(*check(study, file))
     assert (done.code, done.out) == (2, "")
     assert f"error[data.broken-json]: {file}, line 2" in done.err
+
+
+def test_the_units_of_a_column_are_reported_with_their_number_and_sizes(study: Study, tmp_path: Path) -> None:
+    file = bank_csv(tmp_path / "records.csv", rows=40, patients=5)
+    words = ["privacy.unit=patient_id", "privacy.max_records_per_unit=6"]
+    found = command(*check(study, file, *words, "--format", "json")).json
+    assert found["units"] == {"column": "patient_id", "count": 5, "median": 4.0, "largest": 24}
+    text = " ".join(command(*check(study, file, *words)).out.split())
+    assert "privacy units: 5, one for each value of patient_id" in text
+    assert "median 4, largest 24; a step uses at most 6 of them" in text
+    assert command(*check(study, file, "--format", "json")).json["units"] is None

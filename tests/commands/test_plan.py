@@ -7,6 +7,7 @@ import pytest
 
 from fedtune.privacy.accounting import Event, epsilon
 from tests.support.runs import Study, command, summary_of
+from tests.support.tiny import bank_csv
 
 
 def test_the_hash_of_a_plan_is_the_hash_of_its_run(study: Study) -> None:
@@ -75,3 +76,23 @@ def test_site_sampling_spends_at_most_the_plan(study: Study) -> None:
     assert max(spent) <= target
     assert sum(spent) < 3 * target
     assert min(spent) < target
+
+
+def test_a_plan_about_units_counts_them_and_names_them(study: Study, tmp_path: Path) -> None:
+    records = bank_csv(tmp_path / "records.csv", rows=120, patients=40)
+    words = study.words(f"data.path={records}", "privacy.unit=patient_id", "privacy.max_records_per_unit=3")
+    document = command("plan", *words, "--format", "json").json
+    assert (document["privacy"]["unit"], document["privacy"]["max_records_per_unit"]) == ("patient_id", 3)
+    assert sum(site["units"] for site in document["sites"]) < 40
+    shown = " ".join(command("plan", *words).out.split())
+    assert "privacy unit one unit (all records with the same patient_id" in shown
+    assert "training units" in shown
+
+
+def test_a_bound_on_tokens_lowers_the_memory_that_is_estimated(study: Study) -> None:
+    def memory(*changes: str) -> int:
+        words = study.words("data.max_tokens=100", "training.physical_batch=50", *changes)
+        return int(command("plan", *words, "--format", "json").json["memory_bytes"])
+
+    assert memory("training.physical_tokens=1000") < memory("training.physical_tokens=5000") == memory()
+    assert memory("training.physical_tokens=1") == memory("training.physical_tokens=100")  # one record always fits

@@ -11,6 +11,7 @@ from fedtune.data.bank_messages import generate
 from fedtune.data.partitions import partition
 from fedtune.data.records import to_records
 from fedtune.data.tasks import find_task
+from fedtune.data.units import Units
 
 
 def digest(seed: int = 11) -> str:
@@ -70,5 +71,6 @@ def test_the_table_is_a_study_of_its_own() -> None:
     task = find_task(DataSettings(), table.names).with_labels([str(label) for label in table.columns["label"]])
     assert len(to_records(table, task)) == 300
     banks = [str(bank) for bank in table.columns["bank"]]
-    parts = partition(PartitionSettings(scheme="column", column="bank"), rows=300, column=banks, sites=6, seed=0)
+    by_bank = PartitionSettings(scheme="column", column="bank")
+    parts = partition(by_bank, units=Units.each_record(300), column=banks, sites=6, seed=0)
     assert [len(part.rows) for part in parts] == [50] * 6

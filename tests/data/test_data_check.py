@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from fedtune.config.schema import DataSettings
-from fedtune.data.check import Sample, check
+from fedtune.data.check import Sample, UnitSizes, check
+from fedtune.errors import DataError
 
 
 def write_csv(path: Path, *rows: tuple[str, str]) -> str:
@@ -63,3 +64,13 @@ def test_a_text_that_teaches_nothing_is_counted(tmp_path: Path, make_tokenizer: 
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": "xy"}\n', "utf-8")
     report = check(str(tmp_path / "a.jsonl"), DataSettings(), make_tokenizer())
     assert any(warning.startswith("1 records have no token") for warning in report.warnings)
+
+
+def test_units_of_a_column_are_counted_with_their_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    owners = ["p1"] * 7 + ["p2", "p3", "p3"]
+    path.write_text("patient,text,category\n" + "".join(f"{one},t{at},{at % 2}\n" for at, one in enumerate(owners)))
+    assert check(str(path), DataSettings(), unit="patient").units == UnitSizes("patient", 3, 2.0, 7)
+    assert check(str(path), DataSettings()).units is None
+    with pytest.raises(DataError, match="no column 'account'"):
+        check(str(path), DataSettings(), unit="account")

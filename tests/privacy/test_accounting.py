@@ -137,7 +137,8 @@ def test_an_event_with_a_missing_or_unknown_key_is_refused() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"sampler": "shuffle"},
+        {"sampler": "fixed-size"},
+        {"sampler": "shuffle", "rate": 0.1, "steps": 5},
         {"relation": "replace one"},
         {"noise": "none"},
         {"sigma": -1.0},
@@ -151,6 +152,11 @@ def test_an_event_with_a_missing_or_unknown_key_is_refused() -> None:
 def test_an_event_that_no_accountant_covers_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(PrivacyError, match="cannot be"):
         event(**change)
+
+
+def test_a_shuffled_event_at_a_rate_that_divides_no_epoch_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="epoch"):
+        event(sampler="shuffle", rate=0.3)
 
 
 @pytest.mark.parametrize("change", [{"steps": "7"}, {"noise_multiplier": None}, {"sampling_rate": [1]}])

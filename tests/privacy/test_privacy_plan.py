@@ -65,7 +65,7 @@ def test_a_plan_that_promises_more_than_its_noise_keeps_is_refused(plan: Privacy
 
 
 def test_a_plan_survives_json(plan: PrivacyPlan) -> None:
-    for one in (plan, PrivacyPlan.off(sampling_rate=0.1, max_steps=3)):
+    for one in (plan, plan.about("patient_id", 8), PrivacyPlan.off(sampling_rate=0.1, max_steps=3)):
         assert PrivacyPlan.from_dict(json.loads(json.dumps(one.to_dict(), allow_nan=False))) == one
 
 
@@ -87,7 +87,13 @@ def test_a_plan_with_an_unknown_or_missing_key_is_refused(plan: PrivacyPlan) -> 
         {"noise_multiplier": 0.0},
         {"sampling_rate": "all"},
         {"max_steps": None},
-        {"sampler": "shuffle"},
+        {"sampler": "fixed-size"},
+        {"sampler": "shuffle", "sampling_rate": 0.3},
+        {"unit": ""},
+        {"unit": "patient_id"},
+        {"unit": "patient_id", "max_records_per_unit": 0},
+        {"unit": "patient_id", "max_records_per_unit": "8"},
+        {"max_records_per_unit": 8},
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused_when_it_is_read(plan: PrivacyPlan, change: dict[str, Any]) -> None:
@@ -110,6 +116,18 @@ def test_the_statement_names_every_term_of_the_promise(plan: PrivacyPlan) -> Non
     assert "not for release" in replace(plan, noise="seeded").statement
 
 
+def test_a_promise_about_a_group_says_which_records_are_one_unit_and_how_many_a_step_uses(plan: PrivacyPlan) -> None:
+    about = plan.about("patient_id", 8)
+    one_unit = "one unit (all records with the same patient_id, of which at most 8 are used in a step)"
+    assert about.one_unit == one_unit
+    assert f"for {one_unit} added to or removed from a site" in about.statement
+    assert "rounded number of units" in about.statement
+    assert about.event(1).unit == "patient_id"
+    assert (about.noise_multiplier, about.forecast()) == (plan.noise_multiplier, plan.forecast())
+    assert about.about("record", 8) == plan.about("record", 3) == plan
+    assert plan.one_unit == "one record"
+
+
 def test_without_privacy_every_number_and_the_statement_say_so() -> None:
     plan = PrivacyPlan.off(sampling_rate=0.1, max_steps=3)
     plan.check()
@@ -125,7 +143,7 @@ def test_the_default_delta_is_below_one_over_n_and_never_warns(units: int) -> No
 
 def test_a_delta_of_one_over_n_is_warned_about_with_the_reason() -> None:
     assert "publishes 1 of the records" in (delta_warning(0.001, 1000) or "")
-    assert "publishes 10 of the records" in (delta_warning(0.01, 1000) or "")
+    assert "publishes 10 of the units" in (delta_warning(0.01, 1000, "unit") or "")
 
 
 @pytest.mark.parametrize("units", [0, 1])

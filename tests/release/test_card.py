@@ -33,7 +33,7 @@ def test_every_fact_that_a_reader_needs_is_there(pooled: Bench) -> None:
     assert found["base SHA-256"] == plan.model.sha256
     assert found["plan SHA-256"] == plan.sha256
     assert found["privacy unit"] == "record"
-    assert found["neighbouring relation"] == "add/remove one"
+    assert found["neighbouring relation"] == "add/remove one: one record added or removed"
     assert found["sampler"] == "poisson, rate 0.5"
     assert found["accountant"] == "pld"
     assert (found["rounds"], found["sites"]) == ("2", "2")

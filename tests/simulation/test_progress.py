@@ -60,7 +60,7 @@ def live(told: StudyInfo, *, encoding: str = "utf-8") -> str:
 def test_plain_progress_is_one_line_a_round_with_everything_in_it() -> None:
     lines = plain(study)
     assert lines[0] == (
-        "banks: 10 rounds, 8 sites a round, ε = 8.000 at δ = 1e-05 for each record; seeded noise: not for release"
+        "banks: 10 rounds, 8 sites a round, ε = 8.000 at δ = 1e-05 for one record; seeded noise: not for release"
     )
     assert lines[1:] == [
         "run folder runs/banks/1",
@@ -148,7 +148,7 @@ def test_the_live_table_counts_sites_while_a_round_runs() -> None:
 
 def test_a_noise_multiplier_instead_of_a_target_shows_what_is_spent() -> None:
     lines = plain(dataclasses.replace(study, epsilon_target=None, not_for_release=False))
-    assert "ε set by the noise multiplier at δ = 1e-05 for each record" in lines[0]
+    assert "ε set by the noise multiplier at δ = 1e-05 for one record" in lines[0]
     assert "ε 1.250  accuracy" in lines[2]
 
 

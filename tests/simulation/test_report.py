@@ -27,6 +27,7 @@ summary: dict[str, Any] = {
         "delta": 1e-5,
         "accountant": "pld",
         "unit": "record",
+        "one_unit": "one record",
         "relation": "add or remove one",
         "sampler": "Poisson",
         "noise": "seeded",
@@ -76,6 +77,8 @@ def test_the_privacy_statement_says_what_is_promised_and_that_seeded_noise_is_no
     assert "not for release" in shown
     secure = changed(privacy=summary["privacy"] | {"noise": "secure"})
     assert "not for release" not in text(render_summary(secure))
+    about = changed(privacy=summary["privacy"] | {"one_unit": "one unit (all records with the same patient_id)"})
+    assert "δ = 1e-05 for one unit (all records with the same patient_id)" in text(render_summary(about))
 
 
 @pytest.mark.parametrize(

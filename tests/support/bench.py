@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from fedtune.config.machine import Machine
     from fedtune.data.templates import Example
+    from fedtune.data.units import Units
     from fedtune.model.layout import AdapterLayout, AdapterState
     from fedtune.model.workspace import Workspace
 
@@ -53,6 +54,7 @@ class Bench:
     workspace: Workspace
     name: str
     examples: Sequence[Example]
+    units: Units | None = None
 
     @property
     def layouts(self) -> tuple[AdapterLayout, AdapterLayout]:
@@ -68,7 +70,7 @@ class Bench:
         site = fields.pop("site", self.name)
         start = self.workspace.initial if adapter is None else adapter
         assignment = Assignment(site, number, start, event_of_round(self.plan), **fields)
-        return train_round(self.plan, self.workspace, self.examples, assignment, self.layouts)
+        return train_round(self.plan, self.workspace, self.examples, assignment, self.layouts, self.units)
 
     def whole(self, result: LocalResult) -> AdapterState:
         """Return the adapter after a round, with the tensors that were not sent."""
@@ -90,7 +92,8 @@ def make_bench(folder: Path, architecture: str = "bert", head: str = "pooled", *
     resolved = resolve(settings)
     workspace = open_workspace(resolved.plan, resolved.machine)
     site = dealt(resolved.plan.json_text, resolved.machine, workspace.tokenizer).site(0)
-    return Bench(resolved.plan, resolved.machine, workspace, site.name, site.train)
+    units = None if resolved.plan.promise.unit == "record" else site.units
+    return Bench(resolved.plan, resolved.machine, workspace, site.name, site.train, units)
 
 
 def changed(plan: StudyPlan, **changes: Any) -> StudyPlan:
@@ -101,7 +104,7 @@ def changed(plan: StudyPlan, **changes: Any) -> StudyPlan:
     promise, steps = values["privacy"], values["federation"]["rounds"] * values["training"]["local_steps"]
     if promise["mode"] == "off":
         off = PrivacyPlan.off(sampling_rate=promise["sampling_rate"], max_steps=steps, clip_norm=promise["clip_norm"])
-        values["privacy"] = off.to_dict()
+        values["privacy"] = off.to_dict() | {key: promise[key] for key in ("unit", "max_records_per_unit")}
     else:
         promise["max_steps"] = steps
     return StudyPlan.model_validate(values)
@@ -134,10 +137,10 @@ def _settings(folder: Path, base: Path, head: str, keys: Mapping[str, Any]) -> S
         "run": {"device": "cpu", "threads": 1, "dir": str(folder / "run")},
     }
     if head == "none":
-        values["data"] |= {"path": str(question_jsonl(folder / "questions.jsonl", rows=60))}
+        values["data"] |= {"path": str(question_jsonl(folder / "questions.jsonl", rows=60, patients=14))}
         values["data"] |= {"prompt": "prompt", "completion": "completion"}
     else:
-        values["data"] |= {"path": str(bank_csv(folder / "bank.csv", rows=60, labels=3))}
+        values["data"] |= {"path": str(bank_csv(folder / "bank.csv", rows=60, labels=3, patients=14))}
         values["data"] |= {"text": "text", "label": "category"}
         values["model"]["head"] = head
     for key, value in keys.items():

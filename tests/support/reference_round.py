@@ -1,7 +1,8 @@
 """One round of DP-SGD written down plainly, in float64, one record at a time: what a site's round is judged against.
 
-Shares nothing with the code it judges but the model, the examples and the seeded stream: it has its own loss, its own
-gradients (autograd on one unpadded record), clipping, rounding of the record count, denominator and SGD.
+Shares nothing with the code it judges but the model, the examples, who owns them and the seeded stream: it has its own
+loss, its own gradients (autograd on one unpadded record), choice of a unit's records, clipping, rounding of the number
+of units, denominator and SGD.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from fedtune.privacy.random import SeededSource
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -32,17 +35,64 @@ def reference_round(bench: Bench, adapter: AdapterState, number: int = 1) -> dic
     trained = [parameters[name] for name in names]
     source = SeededSource("training", plan.seed, plan.sha256, bench.name, number)
     sigma, clip_norm, rate = (plan.privacy[key] for key in ("noise_multiplier", "clip_norm", "sampling_rate"))
-    private = plan.privacy["mode"] == "dp"
-    for _ in range(plan.training.local_steps):
-        drawn = np.flatnonzero(source.uniform(len(bench.examples)) < rate)
-        rows = [_gradient(bench, model, bench.examples[index], trained) for index in drawn]
+    dealt: NDArray[np.float64] = np.empty(0)
+    private, units = plan.privacy["mode"] == "dp", _units(bench)
+    for step in range(plan.training.local_steps):
+        if plan.privacy["sampler"] == "poisson":
+            drawn = np.flatnonzero(source.uniform(len(units)) < rate)
+        else:
+            parts = round(1 / rate)
+            dealt = np.floor(source.uniform(len(units)) * parts) if step % parts == 0 else dealt
+            drawn = np.flatnonzero(dealt == step % parts)
+        used = [_used(units[at], plan.privacy["max_records_per_unit"], source) for at in drawn]
+        rows = [_summed([_gradient(bench, model, bench.examples[at], trained) for at in records]) for records in used]
         if private:
-            rows = [row * min(1.0, clip_norm / float(row.norm())) for row in rows if torch.isfinite(row).all()]
+            rows = [row * _scale(plan.privacy, float(row.norm())) for row in rows if torch.isfinite(row).all()]
         total = sum(rows, torch.zeros(sum(tensor.numel() for tensor in trained), dtype=torch.float64))
         if private:
             total = total + torch.from_numpy(source.normal(len(total))) * sigma * clip_norm
-        _descend(bench, dict(zip(names, trained, strict=True)), total / (rate * _two_digits(len(bench.examples))))
+        _descend(bench, dict(zip(names, trained, strict=True)), total / (rate * _two_digits(len(units))))
     return {name: parameters[name].detach().numpy() for name in names}
+
+
+def error(found: AdapterState, expected: dict[str, NDArray[np.float64]], start: AdapterState) -> float:
+    """Return how far apart two rounds end, relative to how far the second moved."""
+    assert found.keys() == expected.keys()
+    apart = sum(float(np.square(found[name] - expected[name]).sum()) for name in expected)
+    moved = sum(float(np.square(start[name] - expected[name]).sum()) for name in expected)
+    return float(np.sqrt(apart / moved))
+
+
+def distance(bench: Bench, number: int = 1) -> float:
+    """Return how far a round of the site ends from the reference."""
+    start = bench.alive()
+    return error(bench.round(number, start).state, reference_round(bench, start, number), start)
+
+
+def _scale(terms: Mapping[str, Any], norm: float) -> float:
+    """Return what a gradient of this norm is multiplied with."""
+    return {
+        "fixed": min(1.0, terms["clip_norm"] / max(norm, 1e-30)),
+        "auto-s": terms["clip_norm"] / (norm + 0.01),
+        "auto-v": terms["clip_norm"] / max(norm, 1e-30),
+    }[terms["clipping"]]
+
+
+def _units(bench: Bench) -> list[list[int]]:
+    """List the records of each unit."""
+    owner = range(len(bench.examples)) if bench.units is None else bench.units.of_record.tolist()
+    return [[at for at, unit in enumerate(owner) if unit == wanted] for wanted in sorted(set(owner))]
+
+
+def _used(records: list[int], at_most: int | None, source: SeededSource) -> list[int]:
+    """Take the records of the smallest draws, one draw a record, if a unit has too many."""
+    if at_most is None or len(records) <= at_most:
+        return records
+    return [record for _, record in sorted(zip(source.uniform(len(records)), records, strict=True))[:at_most]]
+
+
+def _summed(gradients: list[Tensor]) -> Tensor:
+    return torch.stack(gradients).sum(0)
 
 
 def _parameters(bench: Bench, model: torch.nn.Module, adapter: AdapterState) -> dict[str, torch.nn.Parameter]:
@@ -94,7 +144,7 @@ def _descend(bench: Bench, trained: dict[str, torch.nn.Parameter], gradient: Ten
         rate = training.learning_rate if is_factor else (training.head_learning_rate or training.learning_rate)
         if training.noise_limit is not None:
             terms = bench.plan.privacy
-            batch = terms["sampling_rate"] * _two_digits(len(bench.examples))
+            batch = terms["sampling_rate"] * _two_digits(len(_units(bench)))
             rate *= min(1.0, training.noise_limit * batch / (terms["noise_multiplier"] * terms["clip_norm"]))
         tensor.data = tensor.data - rate * gradient[offset : offset + tensor.numel()].view_as(tensor)
         offset += tensor.numel()

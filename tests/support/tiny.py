@@ -44,8 +44,11 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def bank_csv(path: Path, *, rows: int = 40, labels: int = 2, seed: int = 0) -> Path:
-    """Write a CSV with columns `text` and `category`; the label's word is in the text, so it can be learnt."""
+def bank_csv(path: Path, *, rows: int = 40, labels: int = 2, seed: int = 0, patients: int = 0) -> Path:
+    """Write a CSV with columns `text` and `category`; the label's word is in the text, so it can be learnt.
+
+    With `patients` there is a column `patient_id` of so many values; the first patient has half of all records.
+    """
     import numpy as np
 
     if not 2 <= labels <= len(_WORDS):
@@ -54,21 +57,28 @@ def bank_csv(path: Path, *, rows: int = 40, labels: int = 2, seed: int = 0) -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["text", "category"])
+        writer.writerow(["text", "category", *(["patient_id"] if patients else [])])
         for row in range(rows):
             word = _WORDS[row % labels]
-            writer.writerow([f"my {word} number {generator.integers(1000)}", word])
+            patient = [_patient(row, rows, patients)] if patients else []
+            writer.writerow([f"my {word} number {generator.integers(1000)}", word, *patient])
     return path
 
 
-def question_jsonl(path: Path, *, rows: int = 40) -> Path:
-    """Write JSON lines with `prompt` and `completion`."""
+def question_jsonl(path: Path, *, rows: int = 40, patients: int = 0) -> Path:
+    """Write JSON lines with `prompt` and `completion`, and `patient_id` as `bank_csv` does."""
     import json
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"prompt": f"what is {n}?", "completion": f" {_WORDS[n % len(_WORDS)]}"}) for n in range(rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    records = [{"prompt": f"what is {n}?", "completion": f" {_WORDS[n % len(_WORDS)]}"} for n in range(rows)]
+    if patients:
+        records = [record | {"patient_id": _patient(n, rows, patients)} for n, record in enumerate(records)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def _patient(row: int, rows: int, patients: int) -> str:
+    return f"patient-{max(0, row - rows // 2) % patients:03}"
 
 
 _DECODER = {

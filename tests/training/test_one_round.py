@@ -118,7 +118,7 @@ def test_a_bfloat16_base_stays_as_it_is_under_a_float32_adapter(tmp_path: Path, 
     result = site.round(adapter=site.alive())
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen_tensors(site).items())
     assert all(value.dtype == np.float32 and np.isfinite(value).all() for value in result.state.values())
-    assert result.records_dropped == 0
+    assert result.units_dropped == 0
     trained = site.whole(result)
     save_adapter(tmp_path / "adapter", site.workspace, trained, site.plan, summary_of(site.plan))
     saved = load_adapter(tmp_path / "adapter")
