@@ -1,4 +1,4 @@
-"""Every command in a documentation block of kind `sh` runs: on a tiny model and few records, otherwise as written."""
+"""Every `sh` command in the documentation runs, on a tiny model and few records; every `python` block, as written."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ PAGES = [
     *sorted((ROOT / "benchmarks").rglob("*.md")),
 ]
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+EXAMPLES = [
+    pytest.param(code, id=f"{page.name}-{at}")
+    for page in PAGES
+    for at, code in enumerate(EXAMPLE.findall(page.read_text(encoding="utf-8")))
+]
 
 
 def commands() -> list[str]:
@@ -40,9 +46,10 @@ OTHERS = [command for command in commands() if not command.startswith("fedtune "
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with bank.csv, a tiny model, and one finished run."""
+    """A folder with bank.csv, records.csv (of patients), a tiny model, and one finished run."""
     folder = tmp_path_factory.mktemp("docs")
     bank_csv(folder / "bank.csv", rows=120, labels=3)
+    bank_csv(folder / "records.csv", rows=120, labels=3, patients=40)
     tiny_base(folder / "base")
     run = ["simulate", "data.path=bank.csv", "data.text=text", "data.label=category", "federation.sites=3"]
     with pytest.MonkeyPatch.context() as patch:
@@ -94,6 +101,13 @@ def test_a_documented_make_target_exists(command: str) -> None:
 def test_a_documented_benchmark_is_a_module_here(command: str) -> None:
     module = command.split()[2].replace(".", "/")
     assert (ROOT / module / "__main__.py").exists() or (ROOT / f"{module}.py").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_a_documented_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
 
 
 def test_every_documented_command_is_of_a_kind_that_is_tested() -> None:
