@@ -5,7 +5,7 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format bench bench-dp clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ format: $(VENV)/.dev  ## Format the code
 
 bench: $(VENV)/.bench  ## Run the simulation benchmark against Flower's Ray engine
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.simulation
+
+bench-dp: $(VENV)/.dev  ## Run the benchmark of the private step against PEFT, Opacus and functorch
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.dp_step
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

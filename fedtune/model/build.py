@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedtune.config.plan import ModelPlan
 from fedtune.config.schema import LoraSettings
 from fedtune.data.batches import collate, padding_id
 from fedtune.data.records import LabelledText
@@ -18,38 +19,37 @@ from fedtune.data.tasks import Task
 from fedtune.data.templates import render_all
 from fedtune.errors import ModelError
 from fedtune.model.adapters import adapt, initial_factors, layout_of
+from fedtune.model.attention import use_float32_backward
 from fedtune.model.base import BaseModel
+from fedtune.model.checkpointing import checkpointable
 from fedtune.model.heads import PooledClassifier, start_from_names
 from fedtune.model.layout import AdapterState
+from fedtune.model.precision import DTYPES, loading_options, refuse_unavailable
 from fedtune.model.workspace import Workspace, named_trainable
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides an adapted model, except the base's content."""
+    """Everything that decides an adapted model and how it is computed with, except the base's content."""
 
     task: Task
     lora: LoraSettings
-    head: str
-    head_init: str
-    head_center: str
-    head_scale: float
-    dtype: str
+    model: ModelPlan
     seed: int
     max_tokens: int
+    autocast: str | None = None
+    checkpointing: bool = False
 
 
 @lru_cache(maxsize=1)
 def build(base: BaseModel, recipe: Recipe, device: str) -> Workspace:
     """Build, or return the one that this process has already built for the same base and recipe."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _refuse(base, recipe)
+    _refuse(base, recipe, device)
     tokenizer = load_tokenizer(base)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed % 2**32)  # only fresh modules of an architecture's own head are drawn from it
-        model, peft = _assemble(base, recipe, tokenizer)
+        model, peft = _assemble(base, recipe, tokenizer, device)
     _check_positions(base, model, recipe.max_tokens)
     return _finish(model, peft, tokenizer, recipe, torch.device(device))
 
@@ -92,37 +92,35 @@ def _too_long(base: BaseModel, max_tokens: int, limit: int) -> ModelError:
     )
 
 
-def _refuse(base: BaseModel, recipe: Recipe) -> None:
+def _refuse(base: BaseModel, recipe: Recipe, device: str) -> None:
     """Refuse what can be seen to be impossible before anything is loaded."""
     check_length(base, recipe.max_tokens)
     if base.config.get("is_encoder_decoder"):
         message = f"{base.name} is an encoder-decoder ({base.architecture}), which fedtune does not train"
         raise ModelError("encoder-decoder", message, hint="choose an encoder or a decoder as model.base")
-    if recipe.head == "architecture" and recipe.head_init == "labels":
+    if recipe.model.head == "architecture" and recipe.model.head_init == "labels":
         raise ModelError("no-pooled-head", "model.head_init=labels needs the pooled head", hint="model.head=pooled")
-    if recipe.head == "architecture" and recipe.dtype != "float32":
-        # PEFT trains an architecture's own head in the base's type; small noisy steps would be rounded away in it.
-        message = f"model.head=architecture cannot be trained in {recipe.dtype}"
-        raise ModelError("head-dtype", message, hint="model.head=pooled or model.dtype=float32")
+    refuse_unavailable(base, recipe.model, recipe.autocast, device)
 
 
-def _assemble(base: BaseModel, recipe: Recipe, tokenizer: Any) -> tuple[nn.Module, Any]:
-    if recipe.head == "pooled":
-        backbone = _without_pooler(_load(base, recipe, tokenizer, "AutoModel")[0])
+def _assemble(base: BaseModel, recipe: Recipe, tokenizer: Any, device: str) -> tuple[nn.Module, Any]:
+    head = recipe.model.head
+    if head == "pooled":
+        backbone = _without_pooler(_load(base, recipe, tokenizer, "AutoModel", device)[0])
         width = int(backbone.config.hidden_size)
-        peft = adapt(backbone, recipe.lora, recipe.head, ())
-        return PooledClassifier(peft, width, len(recipe.task.labels), recipe.head_scale), peft
-    kind = "AutoModelForCausalLM" if recipe.head == "none" else "AutoModelForSequenceClassification"
-    model, fresh = _load(base, recipe, tokenizer, kind)
-    peft = adapt(model, recipe.lora, recipe.head, fresh if recipe.head == "architecture" else ())
+        peft = adapt(backbone, recipe.lora, head, ())
+        return PooledClassifier(peft, width, len(recipe.task.labels), recipe.model.head_scale), peft
+    kind = "AutoModelForCausalLM" if head == "none" else "AutoModelForSequenceClassification"
+    model, fresh = _load(base, recipe, tokenizer, kind, device)
+    peft = adapt(model, recipe.lora, head, fresh if head == "architecture" else ())
     return peft, peft
 
 
-def _load(base: BaseModel, recipe: Recipe, tokenizer: Any, kind: str) -> tuple[Any, list[str]]:
+def _load(base: BaseModel, recipe: Recipe, tokenizer: Any, kind: str, device: str) -> tuple[Any, list[str]]:
     import transformers
 
-    settings: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False, "dtype": _DTYPES[recipe.dtype]}
-    if recipe.head == "architecture":
+    settings = {"local_files_only": True, "trust_remote_code": False, **loading_options(recipe.model, device)}
+    if recipe.model.head == "architecture":
         # A decoder's head reads the last token that is not this one: it must be the token that batches are filled with,
         # or a record's logits would depend on how long the other records are.
         settings |= {"pad_token_id": padding_id(tokenizer)}
@@ -131,14 +129,23 @@ def _load(base: BaseModel, recipe: Recipe, tokenizer: Any, kind: str) -> tuple[A
         loader = getattr(transformers, kind)
         model, info = loader.from_pretrained(base.folder, use_safetensors=True, output_loading_info=True, **settings)
     except Exception as error:  # a broken folder makes transformers fail in many ways
-        raise ModelError(
-            "bad-base", f"{base.folder} cannot be loaded: {_first_line(error)}", hint="check the folder"
-        ) from error
-    if recipe.head != "architecture" and (missing := _weights_missing(info, recipe.head)):
+        raise _not_loaded(base, recipe, error) from error
+    model.config.use_cache = False  # keys and values of earlier calls serve generation, which asks for them itself
+    if recipe.model.attention == "auto":
+        use_float32_backward(model)
+    if recipe.model.head != "architecture" and (missing := _weights_missing(info, recipe.model.head)):
         raise ModelError(
             "missing-weights", f"{base.name} lacks {', '.join(missing[:3])}", hint="choose another model.base"
         )
     return model, _owners(info)
+
+
+def _not_loaded(base: BaseModel, recipe: Recipe, error: Exception) -> ModelError:
+    reason, wanted = _first_line(error), recipe.model.attention
+    if wanted != "auto" and "attention implementation" in reason:
+        message = f"{base.name} ({base.architecture}) cannot use model.attention={wanted}: {reason}"
+        return ModelError("no-attention", message, hint="model.attention=auto")
+    return ModelError("bad-base", f"{base.folder} cannot be loaded: {reason}", hint="check the folder")
 
 
 def _first_line(error: Exception) -> str:
@@ -166,15 +173,28 @@ def _without_pooler(backbone: Any) -> Any:
 
 
 def _finish(model: nn.Module, peft: Any, tokenizer: Any, recipe: Recipe, device: torch.device) -> Workspace:
-    model.eval().to(device)
+    _place(model.eval(), recipe.model, device)
     parameters = named_trainable(model)
     layout = layout_of((name, tuple(parameter.shape)) for name, parameter in parameters.items())
-    workspace = Workspace(model, peft, tokenizer, recipe.task, layout, parameters, {}, device)
+    layers = checkpointable(model) if recipe.checkpointing else ()
+    autocast = None if recipe.autocast is None else DTYPES[recipe.autocast]
+    workspace = Workspace(model, peft, tokenizer, recipe.task, layout, parameters, {}, device, autocast, layers)
     workspace.load(initial_factors(layout, recipe.lora.init, recipe.seed))
-    if isinstance(model, PooledClassifier) and "labels" in {recipe.head_init, recipe.head_center}:
-        centre, rows = recipe.head_center == "labels", recipe.head_init == "labels"
+    words = recipe.model
+    if isinstance(model, PooledClassifier) and "labels" in {words.head_init, words.head_center}:
+        centre, rows = words.head_center == "labels", words.head_init == "labels"
         start_from_names(model, _name_embeddings(workspace, model, recipe), centre=centre, rows=rows)
-    return Workspace(model, peft, tokenizer, recipe.task, layout, parameters, _snapshot(workspace), device)
+    return replace(workspace, initial=_snapshot(workspace))
+
+
+def _place(model: nn.Module, words: ModelPlan, device: torch.device) -> None:
+    """Move the model to its device; a quantized base is there already and only what is trained may follow."""
+    if words.quantization == "none":
+        model.to(device)
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(device)
 
 
 def _snapshot(workspace: Workspace) -> AdapterState:

@@ -19,8 +19,9 @@ class PooledClassifier(nn.Module):
     With a `centre` µ, e = (e₀ − µ) / ‖e₀ − µ‖ of that embedding e₀: sentence embeddings share a large common part,
     which tells no class from another and would take most of the clip norm.
 
-    Shapes: `input_ids`, `attention_mask` (batch, tokens) → logits (batch, labels) in float32. A record without tokens
-    has e₀ = 0. No bias: with a normalised embedding it would be one more noisy direction.
+    Shapes: `input_ids`, `attention_mask` (batch, tokens) → logits (batch, labels) in float32 (float64 of a float64
+    backbone). A record without tokens has e₀ = 0. No bias: with a normalised embedding it would be one more noisy
+    direction.
     """
 
     centre: Tensor | None
@@ -40,14 +41,17 @@ class PooledClassifier(nn.Module):
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the normalised embedding of each record (batch, width) in float32."""
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         embedded = F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0), dim=-1)
         return embedded if self.centre is None else F.normalize(embedded - self.centre, dim=-1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits (batch, labels)."""
-        logits: Tensor = self.head(self.embed(input_ids, attention_mask)) * self.scale
+        embedded = self.embed(input_ids, attention_mask)
+        with torch.autocast(embedded.device.type, enabled=False):
+            logits: Tensor = self.head(embedded) * self.scale
         return logits
 
 

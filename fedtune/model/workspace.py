@@ -18,6 +18,7 @@ from fedtune.data.batches import Batch, padding_id
 from fedtune.data.tasks import Task
 from fedtune.errors import ModelError
 from fedtune.model.adapters import canonical_name
+from fedtune.model.checkpointing import checkpointed
 from fedtune.model.dropout import SourcedDropout
 from fedtune.model.layout import AdapterLayout, AdapterState
 from fedtune.privacy.random import RandomSource
@@ -28,7 +29,8 @@ class Workspace:
     """An adapted model, its tokenizer and its trainable parameters by canonical name.
 
     `peft` is the PEFT model inside (`model` itself, or its backbone under a pooled head). The base is frozen and in
-    evaluation mode; only LoRA's own dropout is ever active.
+    evaluation mode; only LoRA's own dropout is ever active. `autocast` is the type of its matrix products, None for
+    that of the tensors; `recomputed` are the layers whose activations are computed again in the backward pass.
     """
 
     model: nn.Module
@@ -39,6 +41,8 @@ class Workspace:
     parameters: dict[str, nn.Parameter]
     initial: AdapterState
     device: torch.device
+    autocast: torch.dtype | None = None
+    recomputed: tuple[nn.Module, ...] = ()
 
     def load(self, state: AdapterState) -> None:
         """Copy an adapter state into the model; tensors that the state does not name stay as they are."""
@@ -65,14 +69,24 @@ class Workspace:
         return tuple((name, self.parameters[name]) for name in layout.names)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Return logits: (records, labels) for classification, (records, tokens, vocabulary) for language modelling."""
+        """Return logits: (records, labels) for classification, (records, tokens, vocabulary) for language modelling.
+
+        In the plan's precision, here and not in the loops around it, so that training and evaluation agree. A backward
+        pass may follow at any time and needs no block.
+        """
+        with self.precision(), checkpointed(self.recomputed):
+            return self._logits(batch)
+
+    def _logits(self, batch: Batch) -> Tensor:
         if self.task.kind == "causal-lm" or self.model is self.peft:
-            extra = {"use_cache": False} if self.task.kind == "causal-lm" else {}
-            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **extra)
-            result: Tensor = output.logits
+            result: Tensor = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             return result
         pooled: Tensor = self.model(batch.input_ids, batch.attention_mask)
         return pooled
+
+    def precision(self) -> torch.autocast:
+        """Return a block in which the model computes in the plan's precision."""
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     @property
     def pad_id(self) -> int:

@@ -53,10 +53,13 @@ def open_engine(name: EngineName, model: nn.Module, parameters: Parameters) -> P
     `lora` runs LoRA layers as one node and writes each record's gradients in the one backward pass; `opacus` uses
     Opacus' hooks. Both give the same gradients up to rounding.
     """
-    from fedtune.privacy.lora_engine import LoraEngine
-    from fedtune.privacy.opacus_engine import OpacusEngine
+    if name == "lora":
+        from fedtune.privacy.lora_engine import LoraEngine
 
-    return LoraEngine(model, parameters) if name == "lora" else OpacusEngine(model, parameters)
+        return LoraEngine(model, parameters)
+    from fedtune.privacy.opacus_engine import OpacusEngine  # imports Opacus, which takes a second
+
+    return OpacusEngine(model, parameters)
 
 
 def summed_gradient(parameters: Parameters, batch_losses: BatchLosses, records: int) -> Tensor:

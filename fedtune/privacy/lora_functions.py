@@ -14,6 +14,7 @@ frozen only: its gradient is never formed. Knows no module, no PEFT and no clipp
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +145,7 @@ def _by_record(values: Tensor, records: int) -> Tensor:
     return values.reshape(records, -1, values.shape[-1])
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
+def _without_autocast(x: Tensor) -> AbstractContextManager[torch.autocast | None]:
     """Keep products of float32 in float32, also where somebody runs the backward pass inside an autocast block."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

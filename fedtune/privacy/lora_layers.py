@@ -88,35 +88,44 @@ def is_watched(layer: nn.Module) -> bool:
 
 def _fused_forward(name: str, layer: Any, rows: GradientRows | None) -> Forward:
     own_forward, adapter = layer.forward, layer.active_adapters[0]
-    base, a, b = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    transposed = type(base) is not nn.Linear
+    dropout, terms = layer.lora_dropout[adapter], _terms(layer, adapter)
+    recorded = None if rows is None else Recorded(rows, _trained(terms.factor_a), _trained(terms.factor_b))
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         unusual = args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]
-        if unusual:
+        if unusual or layer.scaling[adapter] != terms.scaling:
             result: Tensor = own_forward(x, *args, **kwargs)
             return result
-        x, weight, bias, factor_a, factor_b = _in_one_type(x, base.weight, base.bias, a, b)
-        dropped = layer.lora_dropout[adapter](x)
-        terms = LoraTerms(weight, bias, factor_a, factor_b, float(layer.scaling[adapter]), transposed)
-        return lora_linear(x, None if dropped is x else dropped, terms, _recorded(name, x, rows, (a, b)))
+        x, used = _in_one_type(x, terms)
+        dropped = None if type(dropout) is nn.Identity else dropout(x)
+        return lora_linear(x, None if dropped is x else dropped, used, _checked(name, x, recorded))
 
     return forward
 
 
-def _recorded(name: str, x: Tensor, rows: GradientRows | None, factors: tuple[Tensor, Tensor]) -> Recorded | None:
-    if rows is None or not rows.records or not torch.is_grad_enabled():
+def _terms(layer: Any, adapter: str) -> LoraTerms:
+    base, a, b = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return LoraTerms(base.weight, base.bias, a, b, layer.scaling[adapter], transposed=type(base) is not nn.Linear)
+
+
+def _trained(factor: Tensor) -> Tensor | None:
+    return factor if factor.requires_grad else None
+
+
+def _checked(name: str, x: Tensor, recorded: Recorded | None) -> Recorded | None:
+    """Return where gradients go while they are recorded, None otherwise."""
+    if recorded is None or not recorded.rows.records or not torch.is_grad_enabled():
         return None
-    rows.check(name, x)
-    a, b = factors
-    return Recorded(rows, a if a.requires_grad else None, b if b.requires_grad else None)
+    recorded.rows.check(name, x)
+    return recorded
 
 
-def _in_one_type(
-    x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor
-) -> tuple[Tensor, Tensor, Any, Tensor, Tensor]:
+def _in_one_type(x: Tensor, terms: LoraTerms) -> tuple[Tensor, LoraTerms]:
     """Bring all operands into the type of the product: autocast's, or else the input's."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    cast_bias = None if bias is None else bias.to(dtype)
-    return x.to(dtype), weight.to(dtype), cast_bias, a.to(dtype), b.to(dtype)
+    if dtype == terms.factor_a.dtype == terms.factor_b.dtype == terms.weight.dtype == x.dtype:
+        return x, terms
+    bias = None if terms.bias is None else terms.bias.to(dtype)
+    a, b = terms.factor_a.to(dtype), terms.factor_b.to(dtype)
+    return x.to(dtype), LoraTerms(terms.weight.to(dtype), bias, a, b, terms.scaling, terms.transposed)

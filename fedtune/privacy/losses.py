@@ -31,13 +31,14 @@ def record_losses(kind: Task, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none")
     if kind == "causal-lm":
         _check(logits, labels, dims=2)
-        return _causal(logits[:, :-1], labels[:, 1:])
+        return _causal(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED))
     raise PrivacyError("unknown-task", f"no per-record loss is defined for the task {kind!r}.")
 
 
 def _causal(logits: Tensor, targets: Tensor) -> Tensor:
-    tokens = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
-    return tokens.sum(dim=1) / (targets != IGNORED).sum(dim=1).clamp(min=1)
+    """Mean of -log p over each record's own targets; logits and targets are flattened, which copies neither."""
+    tokens = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return tokens.view(targets.shape).sum(dim=1) / (targets != IGNORED).sum(dim=1).clamp(min=1)
 
 
 def _check(logits: Tensor, labels: Tensor, *, dims: int) -> None:

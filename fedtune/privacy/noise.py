@@ -43,12 +43,13 @@ def add_noise(
     `expected_batch` is q·N with the public N of the plan, never the number of records drawn: that number is private,
     and dividing by it would let one record change the scale of all others.
 
-    The addition is float64, and Σ + noise is then rounded to a grid of about σC·2⁻²⁰. Without the grid, the low-order
+    The addition is float64, and Σ + noise is then rounded to a grid of at most σC·2⁻²⁰. Without the grid, the low-order
     bits of a floating-point sum tell which sums are possible (Mironov 2012; Jin et al., arXiv 2107.10138). The grid
-    removes them: the noise is about 2³⁰ times finer than the grid, so every grid point is reachable from every sum with
-    nearly its Gaussian probability. Only the result is rounded, which is post-processing; rounding the sum first would
-    raise its sensitivity by up to √P half grid steps. What this is not: a proof to the last bit (a discrete Gaussian
-    sampled exactly would be), nor a defence against timing.
+    removes them: neighbouring values of the noise lie 2³⁰ times closer than the grid, and 2⁹ times closer but for an
+    event of probability 2⁻⁴⁶ a pair (`random.normals`), so every grid point within ten deviations of a sum is reached
+    from it, with nearly its Gaussian probability. Only the result is rounded, which is post-processing; rounding the
+    sum first would raise its sensitivity by up to √P half grid steps. What this is not: a proof to the last bit (a
+    discrete Gaussian sampled exactly would be), nor a defence against timing.
     """
     if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
         raise PrivacyError(
@@ -58,9 +59,11 @@ def add_noise(
         )
     _check(expected_batch)
     std = noise_multiplier * clipped.sensitivity
-    noise = torch.from_numpy(source.normal(clipped.total.numel())).to(clipped.total.device)
-    noisy = _snap(clipped.total.double() + noise * std, std)
-    return NoisyGradient((noisy / expected_batch).float(), std, expected_batch)
+    step = _grid_step(std)
+    noise = torch.from_numpy(source.normal(clipped.total.numel())).mul_(std / step)
+    # In grid steps: scaling by a power of two is exact, so this rounds as Σ + noise itself would.
+    noisy = noise.to(clipped.total.device).add_(clipped.total.double(), alpha=1 / step).round_()
+    return NoisyGradient(noisy.mul_(step / expected_batch).float(), std, expected_batch)
 
 
 def mean_without_noise(total: Tensor, denominator: float) -> NoisyGradient:
@@ -74,7 +77,6 @@ def _check(denominator: float) -> None:
         raise PrivacyError("expected-batch", f"the expected batch size is {denominator}; it must be above 0.")
 
 
-def _snap(values: Tensor, std: float) -> Tensor:
-    """Round to a power of two near std·2^-GRID_BITS; a power of two, so that the rounding itself is exact."""
-    step = math.ldexp(1.0, math.floor(math.log2(std)) - GRID_BITS)
-    return (values / step).round_().mul_(step)
+def _grid_step(std: float) -> float:
+    """Return the power of two between half of std·2^-GRID_BITS and the whole."""
+    return math.ldexp(1.0, math.floor(math.log2(std)) - GRID_BITS)

@@ -19,16 +19,17 @@ from fedtune.errors import PrivacyError
 
 @dataclass(slots=True)
 class _Columns:
-    """Where one parameter stands; `tall` weights (d_out > d_in) are stored transposed, `written` in this pass."""
+    """Where one parameter stands; `tall` weights (d_out > d_in) are stored transposed, `written` in this pass.
+
+    `slot` is the parameter's part of the buffer, as long as the number of records stays.
+    """
 
     start: int
     shape: torch.Size
+    stop: int
     tall: bool
     written: bool = False
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.shape.numel()
+    slot: Tensor | None = None
 
 
 class GradientRows:
@@ -52,8 +53,7 @@ class GradientRows:
     def recording(self, records: int, scale: float = 1.0) -> Iterator[None]:
         """Accept the gradients of so many records, times `scale`, inside the block; outside nothing is recorded."""
         if len(self._buffer) < records:
-            self._buffer = self._buffer.new_empty(0, self.size)  # the old memory is free before the new is taken
-            self._buffer = self._buffer.new_empty(records, self.size)
+            self._enlarge(records)
         for columns in self._columns.values():
             columns.written = False
         self.records, self._scale = records, scale
@@ -61,6 +61,13 @@ class GradientRows:
             yield
         finally:
             self.records = 0
+
+    def _enlarge(self, records: int) -> None:
+        """Take memory for so many records, after the old is free."""
+        for columns in self._columns.values():
+            columns.slot = None
+        self._buffer = self._buffer.new_empty(0, self.size)
+        self._buffer = self._buffer.new_empty(records, self.size)
 
     def check(self, layer: str, inputs: Tensor) -> None:
         """Refuse inputs that are not one row a record.
@@ -119,7 +126,14 @@ class GradientRows:
 
     def arrange(self, total: Tensor) -> Tensor:
         """Bring a sum of rows (P,) into the parameters' own layout and order."""
-        return torch.cat([_own_layout(total[one.start : one.stop], one) for one in self._columns.values()])
+        arranged = torch.empty_like(total)
+        for columns in self._columns.values():
+            source, target = (each[columns.start : columns.stop] for each in (total, arranged))
+            if columns.tall:
+                target.view(columns.shape).copy_(source.view(columns.shape[::-1]).t())
+            else:
+                target.copy_(source)
+        return arranged
 
     def _slot(self, parameter: Tensor) -> tuple[_Columns, Tensor]:
         if not self.records:
@@ -127,10 +141,12 @@ class GradientRows:
         return self._view(parameter)
 
     def _view(self, parameter: Tensor) -> tuple[_Columns, Tensor]:
+        """Return a parameter's columns as (records, *shape), kept for the next batch of as many records."""
         columns = self._columns[id(parameter)]
-        slot = self._buffer[: self.records, columns.start : columns.stop]
-        shape = columns.shape[::-1] if columns.tall else columns.shape
-        return columns, slot.view(self.records, *shape)
+        if columns.slot is None or len(columns.slot) != self.records:
+            shape = columns.shape[::-1] if columns.tall else columns.shape
+            columns.slot = self._buffer[: self.records, columns.start : columns.stop].view(self.records, *shape)
+        return columns, columns.slot
 
 
 def _put(columns: _Columns, slot: Tensor, values: Tensor) -> None:
@@ -142,8 +158,5 @@ def _put(columns: _Columns, slot: Tensor, values: Tensor) -> None:
 
 
 def _columns(start: int, shape: torch.Size) -> _Columns:
-    return _Columns(start, shape, tall=len(shape) == 2 and shape[0] > shape[1])  # noqa: PLR2004 - a weight
-
-
-def _own_layout(values: Tensor, columns: _Columns) -> Tensor:
-    return values.view(*columns.shape[::-1]).t().reshape(-1) if columns.tall else values
+    tall = len(shape) == 2 and shape[0] > shape[1]  # noqa: PLR2004 - a weight
+    return _Columns(start, shape, start + shape.numel(), tall)

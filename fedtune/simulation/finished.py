@@ -75,7 +75,7 @@ class FinishedRun:
         for prompt in prompts_of(table, self.plan.task, tokenizer):
             encoded = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=self.plan.data.max_tokens)
             encoded = {name: encoded[name].to(self.workspace.device) for name in ("input_ids", "attention_mask")}
-            with torch.inference_mode():
+            with torch.inference_mode(), self.workspace.precision():
                 output = self.workspace.model.generate(  # type: ignore[operator]
                     **encoded, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=self.workspace.pad_id
                 )

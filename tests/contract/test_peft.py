@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import Linear
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 from safetensors.torch import load_file
 from torch import nn
@@ -175,3 +176,127 @@ def test_targets_that_match_nothing_are_a_value_error_and_partly_unmatched_ones_
 def test_the_word_all_linear_cannot_be_restricted_to_layers() -> None:
     with pytest.raises(ValueError, match="layers_to_transform"):
         adapted(bert(), target_modules="all-linear", layers_to_transform=[0])
+
+
+# --- what fedtune/privacy/lora_layers.py knows of PEFT's LoRA layer ---------------------------------------------------
+
+
+def query(model: PeftModel) -> Linear:
+    found = model.base_model.model.encoder.layer[0].attention.self.query
+    nn.init.normal_(found.lora_B["default"].weight)
+    return found
+
+
+def test_plain_lora_on_linear_and_conv1d_is_one_class_exactly() -> None:
+    assert type(query(adapted(bert()))) is Linear
+    on_conv1d = adapted(gpt2(), "CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    assert type(on_conv1d.base_model.model.transformer.h[0].attn.c_attn) is Linear
+    embedded = adapted(bert(), target_modules=["word_embeddings"])
+    assert type(embedded.base_model.model.embeddings.word_embeddings) is not Linear
+
+
+def test_factors_are_linear_layers_without_bias_in_dictionaries_by_adapter() -> None:
+    layer = query(adapted(bert()))
+    for factors in (layer.lora_A, layer.lora_B):
+        assert type(factors) is nn.ModuleDict
+        assert set(factors) == {"default"}
+        assert type(factors["default"]) is nn.Linear
+        assert factors["default"].bias is None
+    with_bias = query(adapted(bert(), lora_bias=True))
+    assert with_bias.lora_B["default"].bias is not None
+
+
+def test_the_active_adapters_are_a_list_of_names_that_follows_a_switch() -> None:
+    model = adapted(bert())
+    layer = query(model)
+    assert layer.active_adapters == ["default"]
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["query"], task_type="FEATURE_EXTRACTION"))
+    assert layer.active_adapters == ["default"]
+    model.set_adapter("other")
+    assert layer.active_adapters == ["other"]
+    model.base_model.set_adapter(["default", "other"])
+    assert layer.active_adapters == ["default", "other"]
+
+
+def test_a_layer_holds_factors_of_its_own_adapters_only() -> None:
+    model = adapted(bert(), target_modules=["query", "value"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["value"], task_type="FEATURE_EXTRACTION"))
+    model.set_adapter("other")
+    assert "other" not in query(model).lora_A
+
+
+def test_the_frozen_layer_is_the_base_layer_and_a_bias_of_it_can_be_trained() -> None:
+    layer = query(adapted(bert()))
+    assert type(layer.base_layer) is nn.Linear
+    assert not any(tensor.requires_grad for tensor in layer.base_layer.parameters())
+    assert query(adapted(bert(), bias="lora_only")).base_layer.bias.requires_grad
+
+
+def test_variants_are_registered_by_adapter_and_plain_lora_is_none() -> None:
+    assert query(adapted(bert())).lora_variant == {}
+    for plain in ({"use_rslora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}):
+        assert "default" not in query(adapted(bert(), **plain)).lora_variant
+    assert "default" in query(adapted(bert(), use_dora=True)).lora_variant
+
+
+@pytest.mark.parametrize(("words", "factor"), [({}, 2.0), ({"use_rslora": True}, 4 / 2**0.5)])
+def test_the_scaling_is_a_number_by_adapter(words: dict[str, object], factor: float) -> None:
+    scaling = query(adapted(bert(), **words)).scaling
+    assert set(scaling) == {"default"}
+    assert scaling["default"] == pytest.approx(factor)
+
+
+def test_without_dropout_the_input_comes_back_as_the_same_object() -> None:
+    values = torch.randn(3, 8)
+    assert query(adapted(bert())).lora_dropout["default"](values) is values
+
+
+def test_disabled_and_merged_are_seen_on_the_layer() -> None:
+    model = adapted(bert())
+    layer = query(model)
+    assert (layer.disable_adapters, layer.merged) == (False, False)
+    with model.disable_adapter():
+        assert (layer.disable_adapters, layer.merged) == (True, False)
+    model.merge_adapter()
+    assert (layer.disable_adapters, layer.merged) == (False, True)
+    model.unmerge_adapter()
+    assert (layer.disable_adapters, layer.merged) == (False, False)
+
+
+def test_the_forward_is_the_base_plus_the_scaled_product_on_the_dropped_input() -> None:
+    """What runs as one node must be the same function; other arguments are PEFT's own affair."""
+    layer = query(adapted(bert(), lora_dropout=0.5)).train()
+    values = torch.randn(3, 5, 8)
+    torch.manual_seed(0)
+    found = layer(values)
+    torch.manual_seed(0)
+    dropped = layer.lora_dropout["default"](values)
+    adapter = layer.lora_B["default"](layer.lora_A["default"](dropped)) * layer.scaling["default"]
+    assert torch.allclose(found, layer.base_layer(values) + adapter, atol=1e-6)
+
+
+def test_on_a_bfloat16_base_the_output_has_the_bases_type() -> None:
+    layer = query(adapted(bert(dtype=torch.bfloat16)))
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    assert layer(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_forward_on_the_instance_is_what_a_call_runs() -> None:
+    """So a layer can run as one node and stay the same object of the same class."""
+    layer = query(adapted(bert()))
+    vars(layer)["forward"] = lambda values: values + 1
+    assert torch.equal(layer(torch.zeros(2, 8)), torch.ones(2, 8))
+    del vars(layer)["forward"]
+    assert layer.forward.__func__ is Linear.forward
+
+
+def test_dora_and_embedding_factors_have_no_layer_that_runs_on_records() -> None:
+    """Which is why a per-record engine refuses them by name."""
+    dora = query(adapted(bert(), use_dora=True))
+    assert dora.lora_magnitude_vector["default"].weight.requires_grad
+    seen: list[torch.Size] = []
+    dora.lora_A["default"].register_forward_hook(lambda _layer, inputs, _output: seen.append(inputs[0].shape))
+    dora(torch.randn(3, 5, 8))
+    assert torch.Size([8, 8]) in seen  # A is also run on a unit matrix
+    embedded = adapted(bert(), target_modules=["word_embeddings"]).base_model.model.embeddings.word_embeddings
+    assert type(embedded.lora_embedding_A) is nn.ParameterDict

@@ -1,4 +1,4 @@
-"""Attention that takes float32 for its backward pass where bfloat16 would be slow: same function, never less precise."""
+"""Attention whose backward pass is float32 where bfloat16 would be slow: the same function, never less precise."""
 
 from __future__ import annotations
 

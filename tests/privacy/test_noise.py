@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest
+from scipy.stats import chisquare, kstest
 
 from fedtune.errors import PrivacyError
 from fedtune.privacy.clipping import ClippedSum, clip_and_sum
@@ -56,6 +56,32 @@ def test_noisy_sums_lie_on_one_grid_whatever_the_sum_was() -> None:
         # The mean is float32, which is exact for grid points below 2^24 steps, about 10 standard deviations.
         points = noisy.mean.double().numpy() / step
         assert np.array_equal(points, np.round(points))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1 / 3, 2.0**-23, 5.3])
+def test_the_low_bits_of_a_noisy_sum_are_uniform_whatever_the_sum_was(shift: float) -> None:
+    """Neighbouring grid points are equally likely, from a sum on the grid and from one between its points."""
+    total = torch.full((SIZE,), shift, dtype=torch.float64)
+    noisy = add_noise(ClippedSum(total, 1.0, 1, 0, 0), 1.0, SeededSource("low bits"), expected_batch=1.0)
+    low = (noisy.mean.double().numpy() * 2**20).astype(np.int64) % 64  # exact: float32 holds the grid below 16
+    assert chisquare(np.bincount(low, minlength=64)).pvalue > 1e-6
+
+
+def test_adding_noise_leaves_the_sum_as_it_was() -> None:
+    clipped = clip_and_sum(torch.ones(2, 5), 1.0)
+    before = clipped.total.clone()
+    add_noise(clipped, 1.0, SeededSource("read only"), expected_batch=1.0)
+    assert torch.equal(clipped.total, before)
+
+
+def test_the_result_is_the_rounded_sum_of_signal_and_noise_over_the_expected_batch() -> None:
+    torch.manual_seed(0)
+    total, sigma, clip_norm = torch.randn(1001, dtype=torch.float64), 0.7, 0.3
+    noise = SeededSource("formula").normal(1001) * sigma * clip_norm
+    result = add_noise(ClippedSum(total, clip_norm, 1, 0, 0), sigma, SeededSource("formula"), expected_batch=6.4)
+    step = 2.0**-23  # the power of two below sigma * clip_norm, times 2^-20
+    expected = np.round((total.numpy() + noise) / step) * step / 6.4
+    assert result.mean.tolist() == expected.astype(np.float32).tolist()
 
 
 def test_successive_steps_have_independent_noise() -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models with LoRA as fedtune adapts them, a padded batch for each, and their gradients by plain autograd."""
+"""Tiny random models with LoRA as fedtune adapts them, a padded batch for each, and gradients by plain autograd."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fedtune.config.schema import LoraSettings
 from fedtune.model.adapters import adapt
 from fedtune.model.heads import PooledClassifier
 from fedtune.privacy.engines import EngineName, open_engine
-from fedtune.privacy.losses import record_losses
+from fedtune.privacy.losses import Task, record_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-VOCAB, WIDTH, LABELS = 23, 16, 3
+VOCAB, WIDTH, LABELS = 24, 16, 3
 UNUSED = VOCAB - 1  # a token that no batch holds unless a test puts it there
 UNEVEN = (7, 2, 5, 1)
 
@@ -52,7 +52,7 @@ _KINDS = {"none": "ForCausalLM", "architecture": "ForSequenceClassification", "p
 class Case:
     """A model and a padded batch of records of uneven length; `precision` is the autocast type of its products."""
 
-    kind: str
+    kind: Task
     model: nn.Module
     batch: dict[str, Tensor]
     precision: list[torch.dtype] = field(default_factory=list)
@@ -131,13 +131,13 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return error / size if size else float(error > 0)
 
 
-def make_case(  # noqa: PLR0913 - the dimensions of the test matrix
+def make_case(
     name: str,
     rank: int = 2,
     dtype: torch.dtype = torch.float64,
     lengths: Sequence[int] = UNEVEN,
     *,
-    targets: str = "all-linear",
+    targets: str | tuple[str, ...] = "all-linear",
     head: str | None = None,
     attention: str | None = None,
     dropout: float = 0.0,
@@ -159,11 +159,11 @@ def make_case(  # noqa: PLR0913 - the dimensions of the test matrix
     if head == "pooled":
         model = PooledClassifier(model, WIDTH, LABELS, 4.0)
     wake(model)
-    task = "causal-lm" if head == "none" else "classification"
+    task: Task = "causal-lm" if head == "none" else "classification"
     return Case(task, model.to(dtype), make_batch(task, lengths))
 
 
-def make_batch(kind: str, lengths: Sequence[int]) -> dict[str, Tensor]:
+def make_batch(kind: Task, lengths: Sequence[int]) -> dict[str, Tensor]:
     width = max(lengths)
     tokens = torch.randint(1, UNUSED, (len(lengths), width))
     mask = (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()

@@ -59,4 +59,4 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 def distance(found: Tensor, expected: Tensor) -> float:
     """Return the distance relative to what was expected."""
-    return float((found - expected).norm() / expected.norm())
+    return float((found - expected).detach().norm() / expected.detach().norm())

@@ -76,7 +76,7 @@ def _step_of(site: Bench, number: int) -> NDArray[np.float64]:
 
 
 def _is_standard_normal(values: NDArray[np.float64]) -> bool:
-    return bool(kstest(values, "norm").pvalue > 1e-6 and abs(values.std() - 1) < 5 / np.sqrt(2 * len(values)))
+    return bool(kstest(values, "norm").pvalue > 1e-8 and abs(values.std() - 1) < 6 / np.sqrt(2 * len(values)))
 
 
 @contextmanager
