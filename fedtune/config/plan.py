@@ -108,6 +108,19 @@ class StudyPlan(Section):
         """Local steps of a site that takes part in every round."""
         return self.federation.rounds * self.training.local_steps
 
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether a record's physical batch has a shape that depends on its own unit alone (`training.batch_shapes`).
+
+        `auto`: where the noise is for release, and where rounding is coarse enough to move the clipped sum visibly.
+        """
+        if self.promise.mode == "off" or self.training.batch_shapes == "tight":
+            return False
+        coarse = (
+            self.model.dtype != "float32" or self.model.quantization != "none" or self.training.autocast is not None
+        )
+        return self.training.batch_shapes == "fixed" or self.promise.noise == "secure" or coarse
+
     @classmethod
     def from_json(cls, text: str) -> StudyPlan:
         """Read a plan that travelled; anything but the canonical form of a valid plan is refused."""

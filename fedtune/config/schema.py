@@ -172,6 +172,7 @@ class TrainingSettings(Section):
     sampler: Literal["poisson", "shuffle"] = "poisson"
     sampling_rate: float = Field(0.1, gt=0, le=1)
     local_steps: int = Field(1, ge=1, le=100_000)
+    batch_shapes: Literal["auto", "tight", "fixed"] = "auto"
     physical_batch: int = Field(32, ge=1)
     physical_tokens: int | None = Field(None, ge=1)
     optimizer: Literal["sgd", "adamw"] = "sgd"

@@ -24,13 +24,13 @@ from fedtune.data.tasks import Task, find_task
 from fedtune.errors import ConfigError
 from fedtune.model.base import BaseModel, find_base
 from fedtune.model.build import Recipe, build, check_length
-from fedtune.privacy.inspection import refuse_coupled
 from fedtune.privacy.plan import PrivacyPlan, default_delta, delta_warning, public_count
 from fedtune.run.folder import default_path
 from fedtune.simulation.dealing import Deal, Dealing
 from fedtune.simulation.refusals import refuse_early, refuse_told_unit
 from fedtune.simulation.sites import bank_messages
 from fedtune.simulation.workspace import layout_hash
+from fedtune.training.rehearsal import rehearse
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +211,10 @@ def _adapter_plan(settings: Settings, task: Task, base: BaseModel, model: ModelP
         settings.training.gradient_checkpointing,
     )
     workspace = build(base, recipe, machine.device)
-    if settings.privacy.mode == "dp":
-        refuse_coupled(workspace.model)
     layout = workspace.layout
     algorithm = get_algorithm(settings.aggregation.algorithm)
+    if settings.privacy.mode == "dp":
+        rehearse(workspace, algorithm.trained(layout), settings.privacy.engine)
     return AdapterPlan(
         numbers=layout.size,
         trained=algorithm.trained(layout).size,

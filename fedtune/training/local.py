@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedtune.config.plan import StudyPlan
-from fedtune.data.batches import Batch, collate
+from fedtune.data.batches import Batch, collate, filled
 from fedtune.data.sampling import choose_records, physical_batches, sampler_of
+from fedtune.data.shapes import ShapeRule, shaped_batches
 from fedtune.data.templates import Example
 from fedtune.data.units import Units
 from fedtune.errors import PrivacyError
@@ -160,12 +161,24 @@ def _units(plan: StudyPlan, units: Units | None, records: int) -> Units:
 
 def _drawn(this: _Round, units: NDArray[np.int64], source: RandomSource) -> _Drawn:
     """Cut a logical batch into physical ones; none for an empty batch, so that no forward pass sees zero records."""
-    training = this.plan.training
-    records = choose_records(this.units, units, this.plan.promise.max_records_per_unit, source)
-    groups = physical_batches(records, this.lengths, training.physical_batch, training.physical_tokens, this.units)
-    kind, pad = this.workspace.task.kind, this.workspace.pad_id
-    batches = [collate([this.examples[i] for i in group], pad, kind).to(this.workspace.device) for group in groups]
-    return _Drawn(batches, [this.units.of_record[group] for group in groups])
+    plan, training = this.plan, this.plan.training
+    records = choose_records(this.units, units, plan.promise.max_records_per_unit, source)
+    if plan.has_fixed_shapes:
+        expected = plan.promise.expected_batch(this.units.count) * (plan.promise.max_records_per_unit or 1)
+        rule = ShapeRule(expected, training.physical_batch, training.physical_tokens, plan.data.max_tokens)
+        shaped = shaped_batches(records, this.lengths, rule, this.units)
+        groups = [group for group, _ in shaped]
+        batches = [filled(_collated(this, group), shape, this.workspace.pad_id) for group, shape in shaped]
+    else:
+        limits = (training.physical_batch, training.physical_tokens)
+        groups = physical_batches(records, this.lengths, *limits, this.units)
+        batches = [_collated(this, group) for group in groups]
+    device = this.workspace.device
+    return _Drawn([batch.to(device) for batch in batches], [this.units.of_record[group] for group in groups])
+
+
+def _collated(this: _Round, group: NDArray[np.int64]) -> Batch:
+    return collate([this.examples[i] for i in group], this.workspace.pad_id, this.workspace.task.kind)
 
 
 @contextmanager
@@ -184,7 +197,10 @@ def _private(this: _Round, engine: PerSampleEngine, drawn: _Drawn, source: Rando
     promise = this.plan.promise
     size = sum(parameter.numel() for _, parameter in this.parameters)
     clipped = ClippedSum.zero(size, promise.clip_norm, this.workspace.device)
-    of_records = (engine.per_sample_gradients(losses(this.workspace, batch), batch.records) for batch in drawn.batches)
+    of_records = (
+        engine.per_sample_gradients(losses(this.workspace, batch), batch.rows)[: batch.records]
+        for batch in drawn.batches
+    )
     for rows in unit_rows(of_records, drawn.units):
         clipped += clip_and_sum(rows, promise.clip_norm, promise.clipping)
     clipped = replace(clipped, total=engine.arrange(clipped.total))

@@ -35,9 +35,9 @@ def equals_the_reference(site: Bench) -> bool:
 def respects_the_sensitivity(site: Bench) -> bool:
     """The sum before the noise moves by at most C when a record leaves the site; every fourth is tried."""
     everyone = site.plan_with(privacy__sampling_rate=1.0, training__local_steps=1)
-    whole = _sum_of(everyone)
+    whole = sum_before_the_noise(everyone)
     others = ([*site.examples[:at], *site.examples[at + 1 :]] for at in range(0, len(site.examples), 4))
-    moves = [float((whole - _sum_of(replace(everyone, examples=left))).norm()) for left in others]
+    moves = [float((whole - sum_before_the_noise(replace(everyone, examples=left))).norm()) for left in others]
     return max(moves) <= site.plan.promise.clip_norm * (1 + 1e-6)
 
 
@@ -60,7 +60,7 @@ def draws_fresh_noise(site: Bench) -> bool:
     return all(abs(np.corrcoef(*pair)[0, 1]) < 6 / np.sqrt(len(pair[0])) for pair in combinations(steps, 2))
 
 
-def _sum_of(site: Bench) -> torch.Tensor:
+def sum_before_the_noise(site: Bench) -> torch.Tensor:
     """Return the clipped sum (P,) of the round's one step."""
     with _seen("add_noise") as calls:
         site.round(adapter=site.alive())
