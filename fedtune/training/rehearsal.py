@@ -1,4 +1,4 @@
-"""A rehearsal when a plan is made: three made-up records of five tokens go through the plan's engine.
+"""A rehearsal when a plan is made: three made-up records of up to five tokens go through the plan's engine.
 
 What only a forward pass shows is refused before there is a run: a layer that puts positions before records (its rows
 would be taken for records wherever a batch has as many tokens as records), one that folds tokens into the batch or is
@@ -20,7 +20,8 @@ from fedtune.privacy.engines import EngineName, open_engine
 from fedtune.privacy.inspection import assert_independent
 from fedtune.training.objective import losses
 
-LENGTHS = (5, 3, 4)  # neither the lengths nor the width equal the number of records in any row
+LENGTHS = (5, 3, 4)
+WIDTH = 6  # not the number of records; and more than the longest, because without padding models attend otherwise
 
 
 def rehearse(workspace: Workspace, trained: AdapterLayout, engine: EngineName) -> None:
@@ -39,7 +40,7 @@ def rehearse(workspace: Workspace, trained: AdapterLayout, engine: EngineName) -
 
 def _made_up(workspace: Workspace) -> Batch:
     """Return records of different tokens and lengths, padded, with something to learn in each."""
-    shape, vocabulary = (len(LENGTHS), max(LENGTHS)), int(workspace.peft.config.vocab_size)
+    shape, vocabulary = (len(LENGTHS), WIDTH), int(workspace.peft.config.vocab_size)
     mask = (torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None]).long()
     tokens = torch.arange(1, 1 + shape[0] * shape[1]).view(shape) % vocabulary
     ids = torch.where(mask.bool(), tokens, workspace.pad_id)
