@@ -51,11 +51,10 @@ def test_a_deberta_that_shares_its_attention_keys_equals_the_reference(tmp_path:
     assert distance(make_bench(tmp_path, "deberta")) < 1e-5
 
 
-def test_control_its_query_layer_is_refused_and_not_booked_on_the_first_record(tmp_path: Path) -> None:
+def test_control_its_query_layer_is_refused_before_a_round_and_not_booked_on_the_first_record(tmp_path: Path) -> None:
     tiny_base(tmp_path / "base", "deberta", share_att_key=True)
-    site = make_bench(tmp_path, "deberta", lora__targets=["query_proj"])
-    with pytest.raises(PrivacyError, match="flattened-records"):
-        site.round()
+    with pytest.raises(PrivacyError, match=r"query_proj sees 1 rows.*flattened-records"):
+        make_bench(tmp_path, "deberta", lora__targets=["query_proj"])
 
 
 def test_the_head_has_its_own_learning_rate(bench: MakeBench) -> None:
