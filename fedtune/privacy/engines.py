@@ -40,11 +40,13 @@ class PerSampleEngine(Protocol):
 
     def __enter__(self) -> Self:
         """Return the engine itself."""
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close it."""
+        self.close()
 
 
 def open_engine(name: EngineName, model: nn.Module, parameters: Parameters) -> PerSampleEngine:

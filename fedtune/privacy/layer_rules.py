@@ -60,7 +60,7 @@ def recording_forward(name: str, layer: Any, rule: Rule, rows: GradientRows) -> 
 def _linear(layer: nn.Linear, rows: GradientRows) -> Forward:
     def forward(x: Tensor) -> Tensor:
         weight, bias = layer.weight, layer.bias
-        wanted = Recorded(rows, weight if weight.requires_grad else None, _trained(bias))
+        wanted = Recorded.of(rows, weight, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             cast_bias = None if bias is None else bias.to(dtype)
@@ -68,10 +68,6 @@ def _linear(layer: nn.Linear, rows: GradientRows) -> Forward:
         return linear(x, weight, bias, wanted)
 
     return forward
-
-
-def _trained(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is not None and tensor.requires_grad else None
 
 
 def _by_functorch(name: str, layer: nn.Module, rows: GradientRows) -> Forward:

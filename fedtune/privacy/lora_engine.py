@@ -8,14 +8,13 @@ no second pass, and no activation is kept that autograd would not keep.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedtune.errors import PrivacyError
-from fedtune.privacy.engines import BatchLosses, Parameters, checked_losses
+from fedtune.privacy.engines import BatchLosses, Parameters, PerSampleEngine, checked_losses
 from fedtune.privacy.inspection import refuse_coupled
 from fedtune.privacy.layer_rules import Rule, recording_forward, rule_of
 from fedtune.privacy.lora_layers import ReplacedForwards, fuse, is_fusible
@@ -23,7 +22,7 @@ from fedtune.privacy.owners import owners, refuse_second
 from fedtune.privacy.rows import GradientRows
 
 
-class LoraEngine:
+class LoraEngine(PerSampleEngine):
     """Per-record gradients of `parameters`, all trainable parameters of `model`; `close` leaves the model as it was.
 
     `rules` says for each trained layer how its gradients are formed: `fused LoRA` and `linear` as matrix products,
@@ -43,14 +42,6 @@ class LoraEngine:
         fuse(model, self._replaced, self.rows)
         for name, layer in held.items():
             self._replaced.replace(layer, recording_forward(name, layer, rule_of(name, layer), self.rows))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give every layer its own forward back."""

@@ -47,6 +47,12 @@ class Recorded:
     first: Tensor | None
     second: Tensor | None
 
+    @classmethod
+    def of(cls, rows: GradientRows, first: Tensor, second: Tensor | None) -> Recorded:
+        """Return it for two parameters of a layer, each of which may be frozen, and the second missing."""
+        wanted = (tensor if tensor is not None and tensor.requires_grad else None for tensor in (first, second))
+        return cls(rows, *wanted)
+
 
 def lora_linear(x: Tensor, dropped: Tensor | None, terms: LoraTerms, recorded: Recorded | None) -> Tensor:
     """Return y (…, o); `dropped` is x̃ where dropout is active."""

@@ -89,7 +89,7 @@ def is_watched(layer: nn.Module) -> bool:
 def _fused_forward(name: str, layer: Any, rows: GradientRows | None) -> Forward:
     own_forward, adapter = layer.forward, layer.active_adapters[0]
     dropout, terms = layer.lora_dropout[adapter], _terms(layer, adapter)
-    recorded = None if rows is None else Recorded(rows, _trained(terms.factor_a), _trained(terms.factor_b))
+    recorded = None if rows is None else Recorded.of(rows, terms.factor_a, terms.factor_b)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         unusual = args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]
@@ -106,10 +106,6 @@ def _fused_forward(name: str, layer: Any, rows: GradientRows | None) -> Forward:
 def _terms(layer: Any, adapter: str) -> LoraTerms:
     base, a, b = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     return LoraTerms(base.weight, base.bias, a, b, layer.scaling[adapter], transposed=type(base) is not nn.Linear)
-
-
-def _trained(factor: Tensor) -> Tensor | None:
-    return factor if factor.requires_grad else None
 
 
 def _checked(name: str, x: Tensor, recorded: Recorded | None) -> Recorded | None:

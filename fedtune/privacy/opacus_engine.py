@@ -8,20 +8,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
 from fedtune.errors import PrivacyError
-from fedtune.privacy.engines import BatchLosses, Parameters, checked_losses, precision
+from fedtune.privacy.engines import BatchLosses, Parameters, PerSampleEngine, checked_losses, precision
 from fedtune.privacy.inspection import refuse_coupled
 from fedtune.privacy.owners import owners, refuse_second
 
 
-class OpacusEngine:
+class OpacusEngine(PerSampleEngine):
     """Per-record gradients by Opacus' hooks; the model is neither wrapped nor copied, `close` removes the hooks.
 
     `parameters` are all trainable parameters of `model`, in the order of the flat rows. Raises PrivacyError where
@@ -37,14 +36,6 @@ class OpacusEngine:
         refuse_second(model)
         self._hooks = GradSampleHooks(model, loss_reduction="sum", strict=True)
         self._hooks.disable_hooks()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Remove every hook and attribute from the model."""

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fedtune.errors import PrivacyError
 from fedtune.privacy.opacus_hooks import LoraGradSampleHooks
 from fedtune.privacy.opacus_mode import PrivacyEngine
-from tests.support.adapted import autograd_row, make_case
+from tests.support.adapted import autograd_row, make_training_case
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Tiny = Callable[..., Any]
@@ -23,14 +23,7 @@ C = 1.0
 
 @pytest.fixture
 def tiny() -> Tiny:
-    """Opacus records in training mode only; there is no dropout."""
-
-    def make(*args: Any, **kwargs: Any) -> Any:
-        case = make_case(*args, **kwargs)
-        case.model.train()
-        return case
-
-    return make
+    return make_training_case
 
 
 class Folding(nn.Module):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fedtune.errors import PrivacyError
 from fedtune.privacy.opacus_mode import PrivacyEngine
-from tests.support.adapted import by_tensor, make_case
+from tests.support.adapted import by_tensor, make_training_case
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTHS = (7, 2, 5, 1, 3, 6, 4, 7, 2, 3, 5, 6)
@@ -29,14 +29,7 @@ Tiny = Callable[..., Any]
 
 @pytest.fixture
 def tiny() -> Tiny:
-    """Opacus records in training mode only; there is no dropout."""
-
-    def make(*args: Any, **kwargs: Any) -> Any:
-        case = make_case(*args, **kwargs)
-        case.model.train()
-        return case
-
-    return make
+    return make_training_case
 
 
 class Records(Dataset[dict[str, torch.Tensor]]):

@@ -181,3 +181,10 @@ def wake(model: nn.Module) -> None:
     for key, tensor in model.named_parameters():
         if "lora_B" in key or key == "head.weight":
             tensor.normal_(std=0.3)
+
+
+def make_training_case(*args: Any, **kwargs: Any) -> Case:
+    """Return a case in training mode, the only one in which Opacus records; there is no dropout."""
+    case = make_case(*args, **kwargs)
+    case.model.train()
+    return case
