@@ -20,7 +20,7 @@ from fedtune.data.table import Table
 from fedtune.data.templates import Example, render_all
 from fedtune.data.units import Units
 from fedtune.errors import RunError
-from fedtune.simulation.dealing import Deal, Dealing, SiteRows
+from fedtune.simulation.dealing import Deal, Dealing
 
 MESSAGES_A_BANK = 400
 
@@ -44,14 +44,9 @@ class DealtData:
     deal: Deal
     sha256: str
 
-    @property
-    def rows(self) -> tuple[SiteRows, ...]:
-        """Each site's rows."""
-        return self.deal.sites
-
     def site(self, index: int) -> SiteData:
         """Return one site's share."""
-        name, train, held_out = self.rows[index]
+        name, train, held_out = self.deal.sites[index]
         chosen = [self.examples[i] for i in train], [self.examples[i] for i in held_out]
         return SiteData(name, *chosen, self.deal.units.take(train), self.sha256)
 

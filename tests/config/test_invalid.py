@@ -55,6 +55,7 @@ def test_a_section_takes_no_value(fails: Fails) -> None:
         ("privacy.clip_norm=-1", "a number > 0"),
         ("privacy.clip_norm=nan", "a number > 0"),
         ("privacy.epsilon=eight", "a number"),
+        ("privacy.noise_multiplier=0.001", "a number >= 0.01"),
         ("lora.rank=0", "a whole number >= 1 and <= 1024"),
         ("federation.rounds=2.5", "a whole number >= 1"),
         ("privacy.mode=on", "dp or off"),

@@ -30,9 +30,9 @@ def deal(study: Study, *changes: str) -> tuple[Resolved, DealtData]:
 )
 def test_every_record_is_at_one_site_and_on_one_side_of_its_split(study: Study, changes: list[str]) -> None:
     resolved, found = deal(study, *changes)
-    rows = [row for _, train, held_out in found.rows for row in (*train, *held_out)]
+    rows = [row for _, train, held_out in found.deal.sites for row in (*train, *held_out)]
     assert sorted(rows) == list(range(len(found.examples)))
-    assert [name for name, _, _ in found.rows] == [site.name for site in resolved.sites]
+    assert [name for name, _, _ in found.deal.sites] == [site.name for site in resolved.sites]
     for index, size in enumerate(resolved.sites):
         site = found.site(index)
         assert (site.name, len(site.held_out)) == (size.name, size.held_out)
@@ -45,7 +45,7 @@ def test_every_process_deals_the_same_records(study: Study) -> None:
     second = deal(study, "data.partition.scheme=dirichlet")[1]
     assert first is not second
     assert first.sha256 == second.sha256
-    for one, other in zip(first.rows, second.rows, strict=True):
+    for one, other in zip(first.deal.sites, second.deal.sites, strict=True):
         assert one[0] == other[0]
         assert one[1].tolist() == other[1].tolist()
 
@@ -53,7 +53,7 @@ def test_every_process_deals_the_same_records(study: Study) -> None:
 def test_another_seed_deals_them_differently(study: Study) -> None:
     first, second = deal(study)[1], deal(study, "seed=1")[1]
     assert first.sha256 == second.sha256
-    assert any(a[1].tolist() != b[1].tolist() for a, b in zip(first.rows, second.rows, strict=True))
+    assert any(a[1].tolist() != b[1].tolist() for a, b in zip(first.deal.sites, second.deal.sites, strict=True))
 
 
 def test_a_run_without_a_file_says_what_to_name(study: Study) -> None:
