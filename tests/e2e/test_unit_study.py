@@ -75,10 +75,10 @@ def test_no_patient_is_at_two_sites_or_both_trained_and_measured_on(
     table, _ = read_records(settings)
     names = label_names(table, "patient_id")
     found = dealt(resolved.plan.json_text, resolved.machine, load_tokenizer(resolved.base))
-    sides = [{names[row] for row in rows} for _, train, held in found.rows for rows in (train, held)]
+    sides = [{names[row] for row in rows} for _, train, held in found.deal.sites for rows in (train, held)]
     assert sum(map(len, sides)) == len(set.union(*sides)) == 40
     assert all(sides)
-    assert sum(len(train) + len(held) for _, train, held in found.rows) == 120
+    assert sum(len(train) + len(held) for _, train, held in found.deal.sites) == 120
 
 
 def test_control_with_records_as_units_patients_are_torn_apart(study: Study, records: Path) -> None:
@@ -87,7 +87,7 @@ def test_control_with_records_as_units_patients_are_torn_apart(study: Study, rec
     names = label_names(table, "patient_id")
     resolved = resolve(settings)
     found = dealt(resolved.plan.json_text, resolved.machine, load_tokenizer(resolved.base))
-    sides = [{names[row] for row in rows} for _, train, held in found.rows for rows in (train, held)]
+    sides = [{names[row] for row in rows} for _, train, held in found.deal.sites for rows in (train, held)]
     assert sum(map(len, sides)) > len(set.union(*sides))
 
 
