@@ -78,6 +78,36 @@ class RunError(FedtuneError):
     area = "run"
 
 
+class JournalError(FedtuneError):
+    """A site's journal cannot be written, read or believed; nothing is spent."""
+
+    area = "journal"
+
+
+class LedgerError(FedtuneError):
+    """A charge does not fit what a site may still spend; no record is read."""
+
+    area = "ledger"
+
+
+class PolicyError(FedtuneError):
+    """A plan is outside a site's policy, or the policy cannot be read."""
+
+    area = "policy"
+
+
+class ConsentError(FedtuneError):
+    """A data set is not granted for what a plan wants of it."""
+
+    area = "consent"
+
+
+class VaultError(FedtuneError):
+    """A site's keys or stored updates cannot be opened or kept."""
+
+    area = "vault"
+
+
 class FederationError(FedtuneError):
     """The federation could not finish a round: no quorum, no site, an unknown backend."""
 

@@ -72,6 +72,7 @@ class StudyPlan(Section):
 
     schema_version: Literal[1] = 1
     name: Name
+    purpose: Name
     seed: int
     data: DataPlan
     model: ModelPlan

@@ -38,9 +38,10 @@ class Section(BaseModel):
 
 
 class StudySettings(Section):
-    """What the study is called; the name of the run folder's parent."""
+    """What the study is called (the name of the run folder's parent) and what for: sites grant data by purpose."""
 
     name: Name = "study"
+    purpose: Name = "research"
 
 
 class PartitionSettings(Section):

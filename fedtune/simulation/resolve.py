@@ -174,6 +174,7 @@ def _plan(settings: Settings, task: Task, base: BaseModel, privacy: PrivacyPlan,
     )
     return StudyPlan(
         name=settings.study.name,
+        purpose=settings.study.purpose,
         seed=settings.seed,
         data=_data_plan(settings, task),
         model=model,
