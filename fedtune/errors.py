@@ -108,6 +108,12 @@ class VaultError(FedtuneError):
     area = "vault"
 
 
+class WitnessError(FedtuneError):
+    """A site's journal is not the one that the coordinator has witnessed, or its receipts cannot be kept."""
+
+    area = "witness"
+
+
 class FederationError(FedtuneError):
     """The federation could not finish a round: no quorum, no site, an unknown backend."""
 

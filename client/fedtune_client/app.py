@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.aggregation.algorithms import Algorithm, get_algorithm
 from fedtune.aggregation.validation import validate
-from fedtune.errors import MessageError, PrivacyError
+from fedtune.errors import MessageError
+from fedtune.evaluation.site_metrics import event_of_evaluation, refuse_unplanned
 from fedtune.flower.messages import (
     Description,
     Evaluation,
@@ -25,14 +27,26 @@ from fedtune.flower.messages import (
     encode_reply,
     refusal_of,
 )
-from fedtune.training.evaluate import evaluate
+from fedtune.journal.ledger import Commitment, Reservation
+from fedtune.simulation.sites import SiteData
+from fedtune.training.evaluate import HeldOut, measure
 from fedtune.training.local import Assignment, event_of_round, train_round
+from fedtune_client.authority import Round
 from fedtune_client.site import Site, open_site
+from fedtune_client.updates import Payload, digest_of
 
 app = ClientApp()
 logger = logging.getLogger("fedtune.site")
 
 Answer = Description | Update | Evaluation | Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A round that is charged, and the records that were read for it: the same until it ends."""
+
+    reservation: Reservation
+    data: SiteData
 
 
 @app.query("describe")
@@ -56,7 +70,9 @@ def evaluate_adapter(message: Message, context: Context) -> Message:
 def _answer(message: Message, context: Context, act: Callable[[Site, Instruction], Answer]) -> Message:
     try:
         site = open_site(context)
-        reply = act(site, decode_instruction(message.content, site.plan.sha256))
+        instruction = decode_instruction(message.content, site.plan.sha256)
+        site.authority.witness(instruction.receipt)
+        reply = act(site, instruction)
     except Exception as error:
         logger.debug("the site refuses a message", exc_info=True)
         reply = refusal_of(error)
@@ -64,7 +80,9 @@ def _answer(message: Message, context: Context, act: Callable[[Site, Instruction
 
 
 def _describe(site: Site, _instruction: Instruction) -> Answer:
-    return Description(site.plan.sha256, site.data.name, site.units, site.data.data_sha256, site.spending.spent())
+    units, data = site.units, site.data.data_sha256
+    spent = site.authority.spent(site.plan).events
+    return Description(site.plan.sha256, site.name, units, data, spent, site.authority.head())
 
 
 def _train(site: Site, instruction: Instruction) -> Answer:
@@ -72,21 +90,57 @@ def _train(site: Site, instruction: Instruction) -> Answer:
     if not 1 <= number <= plan.federation.rounds:
         raise MessageError("wrong-round", f"round {number} is not one of the plan's {plan.federation.rounds}")
     algorithm = _checked(site, instruction)
-    reserved = site.spending.reserve(number, event_of_round(plan)).event
-    assignment = Assignment(site.data.name, number, instruction.adapter, reserved, site.memory.before(number))
+    earlier = site.memory.before(number)
+    start = digest_of({**instruction.adapter, **earlier})
+    claim = _claim(site, Round(plan, number, "training", start, event_of_round(plan)))
+    if isinstance(claim, Commitment):
+        return _update(site, number, claim, site.authority.stored(claim))
+    assignment = Assignment(site.name, number, instruction.adapter, claim.reservation, earlier)
     layouts = algorithm.trained(site.workspace.layout), algorithm.upload(site.workspace.layout)
-    result = train_round(plan, site.workspace, site.data.train, assignment, layouts, site.data.units)
+    result = train_round(plan, site.workspace, claim.data.train, assignment, layouts, claim.data.units)
     site.memory.keep(number, result.optimizer_state)
-    return Update(plan.sha256, site.data.name, number, result.state, site.spending.spent())
+    payload = Payload(result.state, site.authority.spent_by(claim.reservation).events).to_bytes()
+    return _update(site, number, site.authority.commit(claim.reservation, payload), payload)
 
 
 def _evaluate(site: Site, instruction: Instruction) -> Answer:
-    if site.plan.evaluation.site_metrics == "off":
-        raise PrivacyError("metrics-off", "the plan keeps held-out metrics at the site")
+    plan, number = site.plan, instruction.round
+    refuse_unplanned(plan, number)
     _checked(site, instruction)
-    size = site.plan.evaluation.batch_size
-    tally = evaluate(site.workspace, instruction.adapter, site.data.held_out, size)
-    return Evaluation(site.plan.sha256, site.data.name, instruction.round, tally.to_arrays())
+    cost, claim = event_of_evaluation(plan), None
+    if cost is not None:
+        claim = _claim(site, Round(plan, number, "metrics", digest_of(instruction.adapter), cost))
+    if isinstance(claim, Commitment):
+        return _evaluation(site, number, claim, site.authority.stored(claim))
+    data, reservation = (site.data, None) if claim is None else (claim.data, claim.reservation)
+    held_out = HeldOut(site.name, data.held_out, data.held_out_units)
+    measured = measure(plan, site.workspace, held_out, number, instruction.adapter, reservation).to_arrays()
+    if reservation is None:
+        return Evaluation(plan.sha256, site.name, number, measured, site.authority.head())
+    payload = Payload(measured, ()).to_bytes()
+    return _evaluation(site, number, site.authority.commit(reservation, payload), payload)
+
+
+def _claim(site: Site, asked: Round) -> _Claim | Commitment:
+    """Charge a round: caps first; then records are read, because a grant is for what they are; then RESERVE."""
+    known = site.authority.earlier(asked)
+    if known is not None:
+        return known
+    site.authority.check(asked)
+    data = site.load()
+    return _Claim(site.authority.reserve(asked, data.data_sha256), data)
+
+
+def _update(site: Site, number: int, commitment: Commitment, payload: bytes) -> Update:
+    """Return the message that carries a committed update: the same for every time that it is asked for."""
+    held = Payload.from_bytes(site.authority.send(commitment, payload))
+    return Update(site.plan.sha256, site.name, number, held.arrays, held.events, site.authority.head())
+
+
+def _evaluation(site: Site, number: int, commitment: Commitment, payload: bytes) -> Evaluation:
+    """Return the message that carries committed metrics."""
+    held = Payload.from_bytes(site.authority.send(commitment, payload))
+    return Evaluation(site.plan.sha256, site.name, number, held.arrays, site.authority.head())
 
 
 def _checked(site: Site, instruction: Instruction) -> Algorithm:

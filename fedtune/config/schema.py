@@ -224,12 +224,23 @@ class FederationSettings(Section):
 class EvaluationSettings(Section):
     """When the adapter is measured on held-out records, and what leaves a site.
 
-    `site_metrics=clear` lets each site's held-out metrics leave it, which no ε covers; `off` keeps them at the site.
+    `site_metrics`: `clear` lets each site's held-out counts leave it and `coarse` their rounded means, which no ε
+    covers; `noisy` lets means leave with Gaussian noise, which ε covers; `off` keeps all at the site. `budget_share` is
+    what all noisy evaluations together use of the privacy budget, counted in 1/σ² as Gaussian noise adds up.
     """
 
     every: int = Field(1, ge=1)
     batch_size: int = Field(64, ge=1)
-    site_metrics: Literal["clear", "off"] = "clear"
+    site_metrics: Literal["clear", "coarse", "noisy", "off"] = "clear"
+    budget_share: float = Field(0.05, gt=0, lt=1)
+
+    def measures(self, number: int, rounds: int) -> bool:
+        """Return whether a study of so many rounds measures its adapter after round `number`; 0 is the start."""
+        return number in {0, rounds} or (0 < number < rounds and number % self.every == 0)
+
+    def count(self, rounds: int) -> int:
+        """Return how often a study of so many rounds measures its adapter."""
+        return 1 + -(-rounds // self.every)
 
 
 class RunSettings(Section):

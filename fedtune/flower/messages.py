@@ -2,8 +2,10 @@
 
 An instruction is `describe`, `train` or `evaluate`; a site answers with a description, an update, an evaluation, or a
 refusal that carries a code and no text. Every message names the plan's SHA-256, so that a message of another study is
-refused before anything is read. Decoding checks names and types of every field; what an update may hold is checked
-against the adapter's layout by `fedtune.aggregation.validation`.
+refused before anything is read. An instruction carries the newest receipt that the coordinator keeps of the site's
+journal, and every answer but a refusal the journal's signed head. Decoding checks names and types of every field; what
+an update may hold is checked against the adapter's layout by `fedtune.aggregation.validation`, signatures of heads and
+receipts by whoever uses them.
 """
 
 from __future__ import annotations
@@ -20,26 +22,34 @@ from numpy.typing import NDArray
 
 from fedtune.errors import FedtuneError, MessageError
 from fedtune.flower.arrays import from_record, payload_bytes, to_record
+from fedtune.journal.witness import Head, Receipt
 from fedtune.model.layout import AdapterState
 from fedtune.privacy.accounting import Event
 
 SCHEMA = 1
 _HEADER = "fedtune"
 _ARRAYS = "arrays"
+_RECEIPT = "receipt"
 _MAX_TEXT = 1_000_000
 _MAX_CODE = 64
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Scalar = TypeVar("Scalar", str, int)
+Signed = TypeVar("Signed", Head, Receipt)
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """What the coordinator sends: the plan's hash, the round (0 is before the first) and the adapter to start from."""
+    """What the coordinator sends: the plan's hash, the round (0 is before the first) and the adapter to start from.
+
+    `receipt` is the newest that the coordinator keeps of the site's journal, None where it has none or does not know
+    the site yet; a site whose journal does not extend it refuses before it reads or spends anything.
+    """
 
     plan_sha256: str
     round: int
     adapter: AdapterState
+    receipt: Receipt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,7 @@ class Description:
     units: int
     data_sha256: str
     events: tuple[Event, ...]
+    head: Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,7 @@ class Update:
     round: int
     state: AdapterState
     events: tuple[Event, ...]
+    head: Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +84,7 @@ class Evaluation:
     site: str
     round: int
     tally: Mapping[str, NDArray[Any]]
+    head: Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +97,21 @@ class Refusal:
 def encode_instruction(instruction: Instruction) -> RecordDict:
     """Encode an instruction; the arrays are encoded once and may be shared between the messages of a round."""
     header = _header("instruction", instruction.plan_sha256, round=instruction.round)
-    return RecordDict({_HEADER: header, _ARRAYS: to_record(instruction.adapter)})
+    return with_receipt(RecordDict({_HEADER: header, _ARRAYS: to_record(instruction.adapter)}), instruction.receipt)
+
+
+def with_receipt(content: RecordDict, receipt: Receipt | None) -> RecordDict:
+    """Return an encoded instruction that carries a receipt: a new message over the same header and arrays."""
+    if receipt is None:
+        return content
+    return RecordDict({**content, _RECEIPT: ConfigRecord({"receipt": _dump(receipt.to_dict())})})
 
 
 def decode_instruction(content: RecordDict, plan_sha256: str) -> Instruction:
     """Decode an instruction of this plan, or refuse it."""
-    header, arrays = _open(content, "instruction", plan_sha256)
-    return Instruction(plan_sha256, _field(header, "round", int), _float32(arrays))
+    others = RecordDict({name: record for name, record in content.items() if name != _RECEIPT})
+    header, arrays = _open(others, "instruction", plan_sha256)
+    return Instruction(plan_sha256, _field(header, "round", int), _float32(arrays), _receipt(content))
 
 
 def encode_reply(reply: Description | Update | Evaluation | Refusal) -> RecordDict:
@@ -101,12 +122,15 @@ def encode_reply(reply: Description | Update | Evaluation | Refusal) -> RecordDi
         header = _header("description", reply.plan_sha256, site=reply.site, units=reply.units)
         header["data_sha256"] = reply.data_sha256
         header["events"] = _dump_events(reply.events)
+        header["head"] = _dump(reply.head.to_dict())
         return RecordDict({_HEADER: header, _ARRAYS: to_record({})})
     if isinstance(reply, Update):
         header = _header("update", reply.plan_sha256, site=reply.site, round=reply.round)
         header["events"] = _dump_events(reply.events)
+        header["head"] = _dump(reply.head.to_dict())
         return RecordDict({_HEADER: header, _ARRAYS: to_record(reply.state)})
     header = _header("evaluation", reply.plan_sha256, site=reply.site, round=reply.round)
+    header["head"] = _dump(reply.head.to_dict())
     return RecordDict({_HEADER: header, _ARRAYS: to_record(reply.tally)})
 
 
@@ -124,6 +148,7 @@ def decode_description(content: RecordDict, plan_sha256: str) -> Description | R
         _field(header, "units", int),
         _field(header, "data_sha256", str),
         _load_events(_field(header, "events", str)),
+        _head(header),
     )
 
 
@@ -132,8 +157,9 @@ def decode_update(content: RecordDict, plan_sha256: str) -> Update | Refusal:
     if refusal := _refusal(content):
         return refusal
     header, arrays = _open(content, "update", plan_sha256)
+    site, number = _field(header, "site", str), _field(header, "round", int)
     events = _load_events(_field(header, "events", str))
-    return Update(plan_sha256, _field(header, "site", str), _field(header, "round", int), _float32(arrays), events)
+    return Update(plan_sha256, site, number, _float32(arrays), events, _head(header))
 
 
 def decode_evaluation(content: RecordDict, plan_sha256: str) -> Evaluation | Refusal:
@@ -141,7 +167,8 @@ def decode_evaluation(content: RecordDict, plan_sha256: str) -> Evaluation | Ref
     if refusal := _refusal(content):
         return refusal
     header, arrays = _open(content, "evaluation", plan_sha256)
-    return Evaluation(plan_sha256, _field(header, "site", str), _field(header, "round", int), arrays)
+    site, number = _field(header, "site", str), _field(header, "round", int)
+    return Evaluation(plan_sha256, site, number, arrays, _head(header))
 
 
 def refusal_of(error: Exception) -> Refusal:
@@ -204,8 +231,12 @@ def _float32(arrays: dict[str, NDArray[Any]]) -> AdapterState:
     return arrays
 
 
+def _dump(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
 def _dump_events(events: tuple[Event, ...]) -> str:
-    return json.dumps([event.to_dict() for event in events], sort_keys=True, separators=(",", ":"))
+    return _dump([event.to_dict() for event in events])
 
 
 def _load_events(text: str) -> tuple[Event, ...]:
@@ -213,3 +244,23 @@ def _load_events(text: str) -> tuple[Event, ...]:
         return tuple(Event.from_dict(item) for item in json.loads(text))
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise MessageError("wrong-events", "the privacy events of a reply cannot be read") from error
+
+
+def _head(header: ConfigRecord) -> Head:
+    return _signed(Head, _field(header, "head", str))
+
+
+def _receipt(content: RecordDict) -> Receipt | None:
+    record = content.get(_RECEIPT)
+    if record is None:
+        return None
+    if not isinstance(record, ConfigRecord) or set(record) != {"receipt"}:
+        raise MessageError("wrong-records", "the third record of an instruction holds a receipt and nothing else")
+    return _signed(Receipt, _field(record, "receipt", str))
+
+
+def _signed(kind: type[Signed], text: str) -> Signed:
+    try:
+        return kind.from_dict(json.loads(text))
+    except (FedtuneError, ValueError, RecursionError) as error:
+        raise MessageError("wrong-head", "the journal's head or receipt in a message cannot be read") from error

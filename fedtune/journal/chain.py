@@ -17,7 +17,7 @@ Whoever holds the key can write another history, and a cut at a record's end lea
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -27,6 +27,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedtune.errors import JournalError
+from fedtune.journal.canonical import read_canonical
 from fedtune.journal.entries import ClockSet, Entry, KeyRotated, SiteCreated, read_entry
 
 CONTEXT = b"fedtune journal v1\n"
@@ -35,6 +36,7 @@ NOTHING = "0" * 64
 _OPEN, _BETWEEN, _CLOSE = b'{"body":', b',"signature":"', b'"}'
 _SIGNATURE = 128
 _TAIL = len(_BETWEEN) + _SIGNATURE + len(_CLOSE)
+_BEYOND = re.compile(rb'"signature":"[0-9a-f]{128}"\}[^\n]', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Chain:
         key = self.public_key or _first_key(content)
         _verify(key, CONTEXT + raw, signature, self.length)
         record = self._record(content, hashlib.sha256(line).hexdigest())
+        if isinstance(record.entry, SiteCreated) and record.entry.public_key != key:
+            raise tampered(self.length, "it names another key than the one that signs")
         if isinstance(record.entry, KeyRotated):
             _verify(record.entry.public_key, rotation_statement(key), record.entry.proof, self.length)
             key = record.entry.public_key
@@ -128,13 +132,18 @@ def tampered(sequence: int, problem: str) -> JournalError:
     )
 
 
-def is_whole(line: bytes, sequence: int) -> bool:
-    """Whether bytes have the outer form of a record, so that they cannot be a write that was cut short."""
+def is_torn(tail: bytes, sequence: int) -> bool:
+    """Whether bytes without a line end are a write that was cut short; False for a record that lacks its line end only.
+
+    Error: `journal.tampered` where something follows a record, which no interrupted write leaves.
+    """
+    if _BEYOND.search(tail):
+        raise tampered(sequence, "something follows it on its line")
     try:
-        _split(line, sequence)
+        _split(tail, sequence)
     except JournalError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _split(line: bytes, sequence: int) -> tuple[dict[str, Any], bytes, str]:
@@ -144,12 +153,11 @@ def _split(line: bytes, sequence: int) -> tuple[dict[str, Any], bytes, str]:
     if signature.strip(b"0123456789abcdef"):
         raise tampered(sequence, "its signature is not written in hexadecimal digits")
     try:
-        content = json.loads(raw)
-        canonical = rfc8785.dumps(content)
-    except (ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
-        raise tampered(sequence, "it is not JSON") from error
-    if canonical != raw or not isinstance(content, dict):
-        raise tampered(sequence, "it is not in canonical form")
+        content = read_canonical(raw)
+    except (ValueError, RecursionError) as error:
+        raise tampered(sequence, "it is not JSON in canonical form") from error
+    if not isinstance(content, dict):
+        raise tampered(sequence, "it is not a JSON object")
     return content, raw, signature.decode()
 
 

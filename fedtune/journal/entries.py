@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedtune.errors import JournalError
+from fedtune.errors import FedtuneError, JournalError
 from fedtune.privacy.accounting import Event
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -66,13 +66,13 @@ class DataRegistered(Entry):
 
 
 class ConsentGiven(Entry):
-    """A registered data set may serve a purpose, up to an ε, until a moment."""
+    """A registered data set may serve a purpose, up to an ε (None: whatever the policy allows), until a moment."""
 
     kind = "consent-given"
     data: Sequence
     fingerprint: Hash
     purpose: SiteName
-    epsilon: float = Field(gt=0)
+    epsilon: float | None = Field(gt=0)
     expires: Moment | None
 
 
@@ -216,7 +216,7 @@ def read_entry(kind: object, fields: object) -> Entry:
     try:
         entry = model.model_validate(fields)
         if isinstance(entry, Reserved):
-            entry.mechanism()
-    except (ValidationError, JournalError, ValueError) as error:
+            hash(entry.mechanism())  # an event that cannot be composed is none
+    except (ValidationError, FedtuneError, ValueError, TypeError, OverflowError) as error:
         raise JournalError("unknown-entry", f"a record of kind {kind} does not have its fields") from error
     return entry

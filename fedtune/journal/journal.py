@@ -2,7 +2,7 @@
 
 Opening reads and checks every record. A last line that a kill or a full disk left incomplete is cut, because a record
 counts only once its write has returned; damage anywhere else stops everything (`journal.tampered`). After a failed
-write or flush the object refuses to go on, since nobody knows what the disk holds: it has to be opened anew.
+write or flush nothing more is written until the file was closed, opened and read from its first record again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
-import re
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,14 +21,16 @@ from typing import Self
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.errors import JournalError
-from fedtune.journal.chain import Chain, Record, is_whole, moment, public_hex, tampered
+from fedtune.journal.chain import Chain, Record, is_torn, moment, public_hex, tampered
 from fedtune.journal.entries import ClockSet, Entry, SiteCreated
 from fedtune.journal.state import SiteState
 from fedtune.run.files import sync_folder
 
 Clock = Callable[[], datetime]
+Keys = Callable[[str], Ed25519PrivateKey]  # the private key whose public half this is
 SLACK = timedelta(minutes=5)  # a clock that is corrected by less than this is not one that was set back
-_BEYOND = re.compile(rb'"signature":"[0-9a-f]{128}"\}[^\n]', re.DOTALL)
+PATIENCE = 5.0  # seconds to wait for another writer: a client holds the journal for a record, not for a round
+_FIRST = b'{"body":{"entry":'
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -41,18 +43,24 @@ class Journal:
     """One site's journal, held for writing by one process at a time.
 
     `state` is always what the records on disk say. `cut` is how many bytes of an incomplete record were cut at the last
-    opening. `with journal:` takes it again after `close`; then only what another process has added is read.
+    opening. `with journal:` takes it again after `close`; then only what another process has added is read. `signer`
+    is the private key, or finds the one that the journal says is in force.
     """
 
-    def __init__(self, path: Path, signer: Ed25519PrivateKey, clock: Clock = utc_now) -> None:
+    def __init__(self, path: Path, signer: Ed25519PrivateKey | Keys, clock: Clock = utc_now) -> None:
         self.path = path
-        self.state = SiteState()
-        self.chain = Chain()
-        self.cut = 0
-        self._signer, self._clock = signer, clock
+        self._clock = clock
+        self._keys: Keys = (lambda _: signer) if isinstance(signer, Ed25519PrivateKey) else signer
+        self._signer = signer if isinstance(signer, Ed25519PrivateKey) else None
+        self._file: int | None = None
+        self._holds = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Know nothing of the file, so that all of it is read next."""
+        self.state, self.chain, self.cut = SiteState(), Chain(), 0
         self._digests = bytearray()
         self._size, self._last = 0, 0
-        self._file: int | None = None
         self._broken = False
 
     @classmethod
@@ -62,47 +70,64 @@ class Journal:
         Errors: `journal.exists`, `journal.in-use`, `journal.disk-full`, `journal.unwritable`.
         """
         journal = cls(path, signer, clock)
+        entry = SiteCreated(site=site, public_key=public_hex(signer))
         journal._take(os.O_CREAT)
-        if b"\n" in path.read_bytes():
+        try:
+            _require_beginning(path)
+            with _disk_errors(path):
+                os.ftruncate(journal._descriptor, 0)
+            journal.append(entry)
+            with _disk_errors(path):
+                sync_folder(path.parent)
+        except BaseException:
             journal.close()
-            raise JournalError("exists", f"{path} already is a journal", hint="fedtune client journal show")
-        with _disk_errors(path):
-            os.ftruncate(journal._descriptor, 0)
-        journal.append(SiteCreated(site=site, public_key=public_hex(signer)))
-        with _disk_errors(path):
-            sync_folder(path.parent)
+            raise
         return journal
 
     @classmethod
-    def open(cls, path: Path, signer: Ed25519PrivateKey, clock: Clock = utc_now) -> Self:
+    def open(cls, path: Path, signer: Ed25519PrivateKey | Keys, clock: Clock = utc_now) -> Self:
         """Take a journal that exists, check every record of it and cut an incomplete last one.
 
         Errors: `journal.missing`, `journal.in-use`, `journal.tampered`, `journal.other-key`, `journal.unwritable`.
         """
-        return cls(path, signer, clock).__enter__()
+        journal = cls(path, signer, clock).__enter__()
+        journal._holds = 0  # noqa: SLF001 - its own; `with Journal.open(…)` is the first hold, and ends it
+        return journal
 
     def __enter__(self) -> Self:
-        """Hold the file for this process and read what it does not know yet."""
+        """Hold the file and read what this process does not know yet; an inner hold ends with the outer one."""
+        if self._holds:
+            self._holds += 1
+            return self
+        if self._broken:
+            self._forget()
         self._take(0)
         try:
             self._refuse_changed()
-            for line in self._new_lines():
+            lines, ending = self._new_lines()
+            for line in lines:
                 self.chain, record = self.chain.accept(line)
                 self.state.apply(record)
                 self._count(record, line)
             self._require_own_key()
+            if lines or self.cut:
+                self._settle(ending)  # not before all is checked: a damaged journal stays as it was found
         except BaseException:
             self.close()
             raise
+        self._holds = 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._holds -= 1
+        if self._holds <= 0:
+            self.close()
 
     def close(self) -> None:
         """Let another process hold the journal."""
+        self._holds = 0
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -113,10 +138,13 @@ class Journal:
         Errors: `journal.inconsistent` for an entry that does not follow from the others, `journal.clock-back`,
         `journal.disk-full`, `journal.not-durable`, `journal.unwritable`; none of them leaves part of an entry behind.
         """
+        if self._broken:
+            raise JournalError("not-durable", f"{self.path} failed before", hint="close it, then open it anew")
+        self._require_in_place()
         now, lines, chain, records = self._now(entries), [], self.chain, []
         self._broken = True  # until all of it is on disk: the state below runs ahead of the file
         for entry in entries:
-            lines.append(chain.extend(entry, now, self._signer))
+            lines.append(chain.extend(entry, now, self._key))
             chain, record = chain.accept(lines[-1])  # a signature that came out wrong must never reach the disk
             self.state.apply(record)
             records.append(record)
@@ -138,7 +166,7 @@ class Journal:
 
     def sign(self, statement: bytes) -> str:
         """Sign a statement about this journal (a head); the caller puts a context label of its own in front."""
-        return self._signer.sign(statement).hex()
+        return self._key.sign(statement).hex()
 
     def lines(self) -> Iterator[bytes]:
         """Yield every accepted line without its newline, from the file."""
@@ -147,24 +175,28 @@ class Journal:
                 yield file.readline().removesuffix(b"\n")
 
     @property
+    def _key(self) -> Ed25519PrivateKey:
+        if self._signer is None:
+            raise JournalError("closed", f"{self.path} was not read yet", hint="open it first")
+        return self._signer
+
+    @property
     def _descriptor(self) -> int:
         if self._file is None:
             raise JournalError("closed", f"{self.path} is not held by this process", hint="open it first")
         return self._file
 
     def _take(self, creating: int) -> None:
-        if self._broken:
-            raise JournalError("not-durable", f"{self.path} failed before", hint="open it anew: restart the client")
         if self._file is not None:
             return
         with _disk_errors(self.path):
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | creating, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            hint = "stop the other client of this site first; two writers would spend the same budget twice"
-            raise JournalError("in-use", f"{self.path} is held by another process", hint=hint) from error
+        until = time.monotonic() + PATIENCE
+        while not _locked(descriptor):
+            if time.monotonic() > until:
+                os.close(descriptor)
+                raise JournalError("in-use", f"{self.path} is held by another process", hint="stop that one first")
+            time.sleep(0.01)
         self._file = descriptor
 
     def _refuse_changed(self) -> None:
@@ -175,34 +207,42 @@ class Journal:
         if hashlib.sha256(last.removesuffix(b"\n")).hexdigest() != self.chain.digest:
             raise tampered(self.chain.length - 1, "it was changed while the site was running")
 
-    def _new_lines(self) -> list[bytes]:
-        data = self._rest()
-        *lines, tail = data.split(b"\n")
+    def _require_in_place(self) -> None:
+        """Refuse to write where the path names another file, or the file does not end where this process left it."""
+        with _disk_errors(self.path):
+            held, named = os.fstat(self._descriptor), self.path.stat()
+        if not os.path.samestat(held, named) or held.st_size != self._size:
+            raise tampered(self.chain.length, "the file was changed or replaced while it was held")
+
+    def _new_lines(self) -> tuple[list[bytes], bytes]:
+        """Return the lines that are not read yet, and what the last of them lacks."""
+        *lines, tail = self._rest().split(b"\n")
         self.cut = 0
-        if is_whole(tail, self.chain.length + len(lines)):  # only its newline is missing
-            lines.append(tail)
-            self._mend(self._size + len(data), b"\n")
-        elif _BEYOND.search(tail):
-            raise tampered(self.chain.length + len(lines), "something follows it on its line")
-        elif tail:
+        if not tail:
+            return lines, b""
+        if is_torn(tail, self.chain.length + len(lines)):
             self.cut = len(tail)
-            self._mend(self._size + len(data) - len(tail), b"")
-        return lines
+            return lines, b""
+        return [*lines, tail], b"\n"
 
     def _rest(self) -> bytes:
         with self.path.open("rb") as file:
             file.seek(self._size)
             return file.read()
 
-    def _mend(self, size: int, ending: bytes) -> None:
+    def _settle(self, ending: bytes) -> None:
+        """Cut an incomplete record or end the last line; flush what was read: its writer may have been killed."""
         with _disk_errors(self.path):
-            os.ftruncate(self._descriptor, size)
-            os.write(self._descriptor, ending)
+            if self.cut or ending:
+                os.ftruncate(self._descriptor, self._size - len(ending))
+                os.write(self._descriptor, ending)
             os.fsync(self._descriptor)
 
     def _require_own_key(self) -> None:
         if self.chain.length == 0:
             raise JournalError("missing", f"{self.path} holds no record", hint="begin again: fedtune client init")
+        if self._signer is None or self.chain.public_key != public_hex(self._signer):  # another process may rotate
+            self._signer = self._keys(self.chain.public_key)
         if self.chain.public_key != public_hex(self._signer):
             raise JournalError(
                 "other-key",
@@ -247,6 +287,13 @@ class Journal:
         self._size += self._last
 
 
+def _require_beginning(path: Path) -> None:
+    """Refuse what a killed `create` does not leave: it leaves nothing, or a part of a first record."""
+    data = path.read_bytes()
+    if b"\n" in data or data[: len(_FIRST)] != _FIRST[: len(data)]:
+        raise JournalError("exists", f"{path} already is a journal", hint="fedtune client journal show")
+
+
 class _disk_errors:  # noqa: N801 - a context manager reads as a function
     """Turn the operating system's refusals into errors that name the journal."""
 
@@ -259,6 +306,14 @@ class _disk_errors:  # noqa: N801 - a context manager reads as a function
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             raise _disk_error(self.path, error) from error
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _disk_error(path: Path, error: OSError) -> JournalError:

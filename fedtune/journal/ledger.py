@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Final, NoReturn, final
 
 from fedtune.errors import LedgerError
@@ -106,31 +107,33 @@ class Ledger:
 
         Errors: `ledger.over-cap` with what would be spent, `ledger.other-unit`, `ledger.accountants-disagree`.
         """
-        account = self.spent(charge.data)
-        if charge.event is not None and account.units - {charge.event.unit}:
+        if self._repeatable(charge) is None:
+            self.require_room(charge.data, (charge.event,), caps)
+
+    def require_room(self, data: int, events: Sequence[Event | None], caps: Sequence[Cap]) -> None:
+        """Refuse events that would together pass a cap of a data set, as `check` does for one charge."""
+        units = {event.unit for event in events if event is not None} | self.spent(data).units
+        if len(units) > 1:
             raise LedgerError(
                 "other-unit",
-                f"the data set's budget is spent by {', '.join(sorted(account.units))}; ε by {charge.event.unit} does "
-                "not add to it",
+                f"the data set's budget is spent by one privacy unit, and ε by another does not add to it: "
+                f"{', '.join(sorted(units))}",
                 hint="use the same privacy.unit in every study on this data",
             )
         for cap in caps:
-            before = self.spent(charge.data, plan=cap.plan, grant=cap.grant)
-            _require_within(cap, before.plus(charge.event), before)
+            before = self.spent(data, plan=cap.plan, grant=cap.grant)
+            _require_within(cap, reduce(Spent.plus, events, before), before)
 
     def reserve(self, charge: Charge, caps: Sequence[Cap]) -> Reservation:
         """Charge a round, on disk before this returns, or refuse it as `check` does.
 
         A seeded round that is tried again from the same input draws the same sample and noise, so it counts once.
         """
-        entry = _entry(charge)
-        tried = self._journal.state.spending.attempts(key_of(entry))
-        if tried and (charge.event is None or charge.event.noise == "seeded"):
-            same = [number for number in tried if self._journal.state.spending.reserved[number] == entry]
-            if same:
-                return Reservation(_SEAL, charge, same[-1])
+        known = self._repeatable(charge)
+        if known is not None:
+            return Reservation(_SEAL, charge, known)
         self.check(charge, caps)
-        (record,) = self._journal.append(entry)
+        (record,) = self._journal.append(_entry(charge))
         return Reservation(_SEAL, charge, record.sequence)
 
     def commit(self, reservation: Reservation, payload: str, size: int) -> Commitment:
@@ -163,6 +166,14 @@ class Ledger:
         again = commitment.sequence in self._journal.state.sent
         self._journal.append(Sent(reserved=commitment.sequence, again=again))
 
+    def _repeatable(self, charge: Charge) -> int | None:
+        """Return the reservation of the same charge that may be trained again, because it gives the same bits."""
+        if charge.event is not None and charge.event.noise == "secure":
+            return None
+        entry, spending = _entry(charge), self._journal.state.spending
+        same = [number for number in spending.attempts(key_of(entry)) if spending.reserved[number] == entry]
+        return same[-1] if same else None
+
 
 def _entry(charge: Charge) -> Reserved:
     return Reserved(
@@ -185,7 +196,7 @@ def _require_within(cap: Cap, after: Spent, before: Spent) -> None:
     raise LedgerError(
         "over-cap",
         f"{cap.what} allows ε = {cap.epsilon:g} at δ = {cap.delta:g}; {before.epsilon(cap.delta):.4g} is spent and "
-        f"this round would make it {spent:.4g}",
+        f"this would make it {spent:.4g}",
         hint="fedtune client budget shows what is left; a round is never partly spent",
     )
 

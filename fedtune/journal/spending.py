@@ -90,6 +90,11 @@ class Spending:
             found.setdefault(self._account[data], []).append(data)
         return {account: tuple(members) for account, members in found.items()}
 
+    def plans(self, data: int) -> tuple[str, ...]:
+        """Return the plans that were charged to the account of a data set, in the order of their first charge."""
+        account = self._account[data]
+        return tuple(dict.fromkeys(plan for charged, plan, *_ in self._totals if self._account[charged] == account))
+
     def attempts(self, key: Key) -> tuple[int, ...]:
         """Return the reservations made for one round from one input, oldest first."""
         return tuple(self._attempts.get(key, ()))
@@ -107,6 +112,21 @@ class Spending:
             if self._account[charged] == account and plan in {None, study} and grant in {None, permit}
         ]
         return _total(found)
+
+    def spent_by(self, sequence: int) -> Spent:
+        """Return what the account had spent on a reservation's plan when that was made, itself included.
+
+        It is what the site says with the reservation's update, and stays the same however often that is sent.
+        """
+        last = self.reserved[sequence]
+        account = self._account[last.data]
+        earlier = (
+            entry
+            for number, entry in self.reserved.items()
+            if number <= sequence and entry.plan == last.plan and self._account[entry.data] == account
+        )
+        events = [entry.mechanism() for entry in earlier]
+        return _total((event, 1 if event is None else event.steps) for event in events)
 
 
 def key_of(entry: Reserved) -> Key:

@@ -107,6 +107,8 @@ def _refused(state: SiteState, _number: int, entry: e.PlanRefused) -> None:
 
 def _reserved(state: SiteState, number: int, entry: e.Reserved) -> None:
     _require(state.grants, entry.grant, "grant")
+    if state.grants[entry.grant].data != entry.data or entry.grant in state.revoked:
+        raise JournalError("inconsistent", f"a round is charged under grant {entry.grant}, which does not cover it")
     state.spending.charge(number, entry)
 
 

@@ -7,13 +7,13 @@ was rolled back; two heads of one number with different hashes are a fork. Knows
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self
 
 import rfc8785
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedtune.errors import JournalError
 from fedtune.journal.chain import public_hex
@@ -22,14 +22,16 @@ from fedtune.journal.journal import Journal
 
 HEAD = b"fedtune journal head v1\n"
 RECEIPT = b"fedtune journal receipt v1\n"
+_EXACT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """The last record of a journal: `site` is the hash of its first, which identifies the site; signed by the site."""
 
+    __pydantic_config__: ClassVar = _EXACT
     site: Hash
-    sequence: Sequence
+    sequence: Annotated[Sequence, Field(strict=True)]
     digest: Hash
     public_key: Hash
     signature: Signature
@@ -47,7 +49,13 @@ class Head:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self)
+        return {
+            "digest": self.digest,
+            "public_key": self.public_key,
+            "sequence": self.sequence,
+            "signature": self.signature,
+            "site": self.site,
+        }
 
     @classmethod
     def from_dict(cls, value: object) -> Head:
@@ -60,6 +68,7 @@ class Head:
 class Receipt:
     """A head, countersigned by the coordinator whose key is `witness`."""
 
+    __pydantic_config__: ClassVar = _EXACT
     head: Head
     witness: Hash
     signature: Signature
@@ -76,7 +85,7 @@ class Receipt:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return asdict(self)
+        return {"head": self.head.to_dict(), "signature": self.signature, "witness": self.witness}
 
     @classmethod
     def from_dict(cls, value: object) -> Receipt:

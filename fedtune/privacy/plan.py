@@ -38,6 +38,9 @@ class PrivacyPlan:
     `unit` is `record`, or the name of the column whose equal values make a unit of several records; a step then uses at
     most `max_records_per_unit` of them. Neither ε nor σ depends on it; δ and the expected batch are counted in units.
     `clipping` says how contributions are scaled to `clip_norm`; the sensitivity is that norm with each way.
+
+    `evaluations` counts the noisy evaluations on held-out units that ε covers besides, 0 where none is promised; each
+    is a Gaussian mechanism over all of them, of sensitivity 1 and standard deviation `evaluation_noise_multiplier`.
     """
 
     mode: Literal["dp", "off"]
@@ -55,6 +58,8 @@ class PrivacyPlan:
     noise: NoiseName = "seeded"
     engine: EngineName = "lora"
     clipping: ClippingName = "fixed"
+    evaluations: int = 0
+    evaluation_noise_multiplier: float = 0.0
 
     def __post_init__(self) -> None:
         promised = self.mode == "dp" and self.epsilon >= 0 and 0 < self.delta < 1 and self.noise_multiplier > 0
@@ -71,6 +76,14 @@ class PrivacyPlan:
         if self.clipping not in {"fixed", "auto-s", "auto-v"}:
             raise PrivacyError("plan", f"no plan clips by {self.clipping!r}.", hint="fixed, auto-s or auto-v")
         self.event(self.max_steps)  # which checks its own terms
+        self.evaluation_event(self.evaluations)
+        covered = self.evaluations > 0, self.evaluation_noise_multiplier > 0
+        if covered not in {(False, False), (self.mode == "dp",) * 2}:
+            raise PrivacyError(
+                "plan",
+                f"no plan of mode {self.mode!r} has {self.evaluations} evaluations with the noise multiplier "
+                f"{self.evaluation_noise_multiplier}.",
+            )
 
     @classmethod
     def calibrated(  # noqa: PLR0913 - these are the terms of the promise, by keyword
@@ -83,11 +96,25 @@ class PrivacyPlan:
         max_steps: int,
         sampler: SamplerName = "poisson",
         noise: NoiseName = "seeded",
+        evaluations: int = 0,
+        evaluation_noise_multiplier: float = 0.0,
     ) -> PrivacyPlan:
-        """Return the plan with the least noise that keeps (ε, δ) over all steps."""
+        """Return the plan with the least training noise that keeps (ε, δ) over all steps and evaluations."""
         rate, steps = as_poisson(sampler, sampling_rate, max_steps)
-        sigma = calibrate(epsilon, delta, rate, steps)
-        return cls("dp", epsilon, delta, sigma, clip_norm, sampling_rate, max_steps, sampler=sampler, noise=noise)
+        also = ((float(evaluation_noise_multiplier), 1.0, evaluations),) if evaluations else ()
+        return cls(
+            "dp",
+            epsilon,
+            delta,
+            calibrate(epsilon, delta, rate, steps, also),
+            clip_norm,
+            sampling_rate,
+            max_steps,
+            sampler=sampler,
+            noise=noise,
+            evaluations=evaluations,
+            evaluation_noise_multiplier=evaluation_noise_multiplier,
+        )
 
     @classmethod
     def from_noise(  # noqa: PLR0913 - these are the terms of the promise, by keyword
@@ -100,12 +127,13 @@ class PrivacyPlan:
         max_steps: int,
         sampler: SamplerName = "poisson",
         noise: NoiseName = "seeded",
+        evaluations: int = 0,
+        evaluation_noise_multiplier: float = 0.0,
     ) -> PrivacyPlan:
-        """Return the plan for a given noise multiplier; its ε is what the accountant makes of all steps."""
-        event = Event(noise_multiplier, sampling_rate, max_steps, clip_norm, sampler=sampler, noise=noise)
-        return cls(
+        """Return the plan for a given noise multiplier; its ε is what the accountant makes of all that is planned."""
+        plan = cls(
             "dp",
-            epsilon([event], delta),
+            math.inf,
             delta,
             noise_multiplier,
             clip_norm,
@@ -113,7 +141,10 @@ class PrivacyPlan:
             max_steps,
             sampler=sampler,
             noise=noise,
+            evaluations=evaluations,
+            evaluation_noise_multiplier=evaluation_noise_multiplier,
         )
+        return replace(plan, epsilon=plan.forecast())
 
     @classmethod
     def off(
@@ -139,15 +170,27 @@ class PrivacyPlan:
             noise=self.noise,
         )
 
-    def spent(self, steps: int) -> float:
-        """Return ε after `steps` steps: 0 before the first; ∞ after any step without privacy."""
+    def evaluation_event(self, evaluations: int = 1) -> Event:
+        """Return the accounting event of so many noisy evaluations, each over every held-out unit."""
+        return Event(
+            self.evaluation_noise_multiplier,
+            1.0,
+            evaluations,
+            1.0,
+            unit=self.unit,
+            relation=self.relation,
+            noise=self.noise,
+        )
+
+    def spent(self, steps: int, evaluations: int = 0) -> float:
+        """Return ε after so many steps and evaluations: 0 before the first; ∞ after any step without privacy."""
         if self.mode == "off":
             return math.inf if steps else 0.0
-        return epsilon([self.event(steps)], self.delta, self.accountant)
+        return epsilon([self.event(steps), self.evaluation_event(evaluations)], self.delta, self.accountant)
 
     def forecast(self) -> float:
-        """Return ε after `max_steps` steps, at most the target."""
-        return self.spent(self.max_steps)
+        """Return ε after `max_steps` steps and all evaluations, at most the target."""
+        return self.spent(self.max_steps, self.evaluations)
 
     def expected_batch(self, units: int) -> float:
         """Return q·N for a site of `units` units, with the public N: what noisy sums are divided by."""
@@ -162,7 +205,8 @@ class PrivacyPlan:
             raise PrivacyError(
                 "overspends",
                 f"the plan promises ε = {self.epsilon:g}, but its noise multiplier {self.noise_multiplier:g} at rate "
-                f"{self.sampling_rate:g} over {self.max_steps} steps spends {forecast:.4g} (δ = {self.delta:g}).",
+                f"{self.sampling_rate:g} over {self.max_steps} steps{self._evaluated} spends {forecast:.4g} "
+                f"(δ = {self.delta:g}).",
                 hint="Leave privacy.noise_multiplier out, so that the noise is calibrated to ε.",
             )
 
@@ -195,9 +239,20 @@ class PrivacyPlan:
             f"(ε = {self.epsilon:.4g}, δ = {self.delta:.3g})-differential privacy for {self.one_unit} added to or "
             f"removed from a site, over at most {self.max_steps} {_SAMPLED[self.sampler]} at rate "
             f"{self.sampling_rate:g}, each contribution clipped to norm {self.clip_norm:g} ({self.clipping}), by the "
-            f"{self.accountant.upper()} accountant; noise from {source}; not protected: facts repeated in several "
-            f"{self.noun}s, a site's rounded number of {self.noun}s, and held-out metrics that leave a site."
+            f"{self.accountant.upper()} accountant{self._evaluated}; noise from {source}; not protected: facts "
+            f"repeated in several {self.noun}s, {self._unprotected}."
         )
+
+    @property
+    def _evaluated(self) -> str:
+        if not self.evaluations:
+            return ""
+        return f", {self.evaluations} evaluations at noise multiplier {self.evaluation_noise_multiplier:.4g} included"
+
+    @property
+    def _unprotected(self) -> str:
+        count = f"a site's rounded number of {self.noun}s"
+        return f"and {count}" if self.evaluations else f"{count}, and held-out metrics that leave a site"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; ∞, which JSON does not have, becomes null."""

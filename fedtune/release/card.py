@@ -75,8 +75,15 @@ def _metrics(summary: dict[str, Any]) -> str:
     rows = "\n".join(
         f"| {name} | {initial.get(name, float('nan')):.4f} | {value:.4f} |" for name, value in final.items()
     )
-    note = "Measured on held-out records; these numbers are not covered by ε."
+    note = _how(summary["metrics"])
     return f"## Metrics\n\n| held out | before | after |\n|---|---|---|\n{rows}\n\n{note}"
+
+
+def _how(metrics: dict[str, Any]) -> str:
+    where = metrics.get("measured_on", "held-out records")
+    if any(name.endswith("_noise") for name in metrics["final"]):
+        return f"Measured on {where}; NAME_noise is the standard deviation of the noise in NAME."
+    return f"Measured on {where}; these numbers are not covered by ε."
 
 
 def _use(plan: StudyPlan) -> str:

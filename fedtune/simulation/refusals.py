@@ -15,6 +15,7 @@ def refuse_early(settings: Settings) -> None:
     check_backend(settings.run.backend)
     compatibility.check(settings.aggregation, settings.training)
     _refuse_part_epochs(settings.training)
+    _refuse_idle_noise(settings)
     privacy, federation = settings.privacy, settings.federation
     if privacy.mode == "dp" and privacy.noise_multiplier is None and not privacy.epsilon > 0:
         raise PrivacyError(
@@ -48,6 +49,24 @@ def refuse_told_unit(settings: Settings, task: Task) -> None:
                 f"privacy.unit={unit} is the column that names each record's {kind}, and those names leave the site",
                 hint="name the column of the patient or the account that owns the record, or use privacy.unit=record",
             )
+
+
+def _refuse_idle_noise(settings: Settings) -> None:
+    """Refuse noisy metrics that no ε would cover, or that would spend a part of it on no record."""
+    if settings.evaluation.site_metrics != "noisy":
+        return
+    if settings.privacy.mode == "off":
+        raise PrivacyError(
+            "noisy-metrics",
+            "evaluation.site_metrics=noisy charges metrics to an ε, and privacy.mode=off promises none",
+            hint="evaluation.site_metrics=clear, coarse or off",
+        )
+    if settings.data.holdout == 0:
+        raise ConfigError(
+            "nothing-held-out",
+            "evaluation.site_metrics=noisy would spend privacy on measuring nothing: data.holdout=0",
+            hint="data.holdout=0.2, or evaluation.site_metrics=off",
+        )
 
 
 def _refuse_part_epochs(training: TrainingSettings) -> None:

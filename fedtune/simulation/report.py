@@ -84,8 +84,10 @@ def _metrics_table(summary: Summary) -> Table:
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in summary["metrics"].get("final") or {}:
-        before, after = (_metric_at(summary["metrics"], when, name) for when in ("initial", "final"))
-        table.add_row(Text(printable(name)), metric_text(before), metric_text(after), change_text(before, after))
+        if not name.endswith("_noise"):
+            before, after = (_metric_at(summary["metrics"], when, name) for when in ("initial", "final"))
+            cells = (_metric_cell(summary["metrics"], when, name) for when in ("initial", "final"))
+            table.add_row(Text(printable(name)), *cells, change_text(before, after))
     return table
 
 
@@ -105,7 +107,8 @@ def _site_cells(site: Mapping[str, Any], metric: str | None, *, private: bool) -
     promise = [epsilon_text(site.get("epsilon")), _delta_text(site.get("delta"))] if private else ["none", "none"]
     failed = site.get("failed", 0)
     cells = [printable(site["name"]), _count(site.get("units")), _count(site.get("rounds")), _count(failed), *promise]
-    cells += [metric_text(before), metric_text(after), change_text(before, after)]
+    cells += [_metric_cell(site.get("metrics") or {}, when, metric) for when in ("initial", "final")]
+    cells.append(change_text(before, after))
     texts = [Text(cell) for cell in cells]
     texts[3].stylize("yellow" if failed else "")
     return texts
@@ -176,6 +179,11 @@ def _is_private(summary: Summary) -> bool:
 def _metric_at(metrics: Mapping[str, Any], when: str, name: str | None) -> float | None:
     value = (metrics.get(when) or {}).get(name)
     return None if value is None else float(value)
+
+
+def _metric_cell(metrics: Mapping[str, Any], when: str, name: str | None) -> str:
+    noise = _metric_at(metrics, when, f"{name}_noise")
+    return metric_text(_metric_at(metrics, when, name)) + ("" if noise is None else f" ± {noise:#.2g}")
 
 
 def _delta_text(delta: float | None) -> str:

@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedtune.aggregation.algorithms import get_algorithm
 from fedtune.aggregation.weights import site_weights
@@ -24,6 +25,7 @@ from fedtune.data.tasks import Task, find_task
 from fedtune.errors import ConfigError
 from fedtune.model.base import BaseModel, find_base
 from fedtune.model.build import Recipe, build, check_length
+from fedtune.privacy.calibration import noise_of_share
 from fedtune.privacy.plan import PrivacyPlan, default_delta, delta_warning, public_count
 from fedtune.run.folder import default_path
 from fedtune.simulation.dealing import Deal, Dealing
@@ -104,26 +106,28 @@ def _privacy(settings: Settings, sites: tuple[SiteSize, ...]) -> PrivacyPlan:
     if wanted.mode == "off":
         clip_norm, sampler = wanted.clip_norm, training.sampler
         return PrivacyPlan.off(sampling_rate=rate, max_steps=steps, clip_norm=clip_norm, sampler=sampler)
-    delta = _delta(wanted, sites)
-    if wanted.noise_multiplier is not None:
-        return PrivacyPlan.from_noise(
-            noise_multiplier=wanted.noise_multiplier,
-            delta=delta,
-            clip_norm=wanted.clip_norm,
-            sampling_rate=rate,
-            max_steps=steps,
-            sampler=training.sampler,
-            noise=wanted.noise,
-        )
-    return PrivacyPlan.calibrated(
-        epsilon=wanted.epsilon,
-        delta=delta,
-        clip_norm=wanted.clip_norm,
-        sampling_rate=rate,
-        max_steps=steps,
-        sampler=training.sampler,
-        noise=wanted.noise,
-    )
+    terms: dict[str, Any] = {
+        "delta": _delta(wanted, sites),
+        "clip_norm": wanted.clip_norm,
+        "sampling_rate": rate,
+        "max_steps": steps,
+        "sampler": training.sampler,
+        "noise": wanted.noise,
+    }
+    if wanted.noise_multiplier is None:
+        return PrivacyPlan.calibrated(epsilon=wanted.epsilon, **_measured(settings, wanted.epsilon, terms))
+    alone = PrivacyPlan.from_noise(noise_multiplier=wanted.noise_multiplier, **terms)
+    return PrivacyPlan.from_noise(noise_multiplier=wanted.noise_multiplier, **_measured(settings, alone.epsilon, terms))
+
+
+def _measured(settings: Settings, epsilon: float, terms: dict[str, Any]) -> dict[str, Any]:
+    """Add the noisy evaluations to the terms: as much noise as makes them use their share of (ε, δ)."""
+    evaluation = settings.evaluation
+    if evaluation.site_metrics != "noisy":
+        return terms
+    count = evaluation.count(settings.federation.rounds)
+    sigma = noise_of_share(epsilon, terms["delta"], evaluation.budget_share, count)
+    return terms | {"evaluations": count, "evaluation_noise_multiplier": sigma}
 
 
 def _delta(wanted: PrivacySettings, sites: tuple[SiteSize, ...]) -> float:

@@ -27,12 +27,13 @@ MESSAGES_A_BANK = 400
 
 @dataclass(frozen=True, slots=True)
 class SiteData:
-    """One site's examples; `units` are those of `train`, `data_sha256` identifies the whole data set by content."""
+    """One site's examples and which of them are one unit; `data_sha256` identifies the whole data set by content."""
 
     name: str
     train: Sequence[Example]
     held_out: Sequence[Example]
     units: Units
+    held_out_units: Units
     data_sha256: str
 
 
@@ -48,7 +49,7 @@ class DealtData:
         """Return one site's share."""
         name, train, held_out = self.deal.sites[index]
         chosen = [self.examples[i] for i in train], [self.examples[i] for i in held_out]
-        return SiteData(name, *chosen, self.deal.units.take(train), self.sha256)
+        return SiteData(name, *chosen, self.deal.units.take(train), self.deal.units.take(held_out), self.sha256)
 
 
 def bank_messages(banks: int, limit: int | None) -> Table:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fedtune.aggregation.algorithms import get_algorithm
 from fedtune.config.canonical import sha256_hex
 from fedtune.config.machine import Machine
 from fedtune.config.plan import StudyPlan
@@ -35,6 +36,14 @@ def _open_once(plan_json: str, machine: Machine) -> Workspace:
     if layout_hash(workspace.layout) != plan.adapter.layout_sha256:
         raise ModelError(
             "other-layout", "the adapter has other tensors than the plan says", hint="use the pinned versions"
+        )
+    algorithm = get_algorithm(plan.aggregation.algorithm)
+    parts = workspace.layout, *(part(workspace.layout) for part in (algorithm.trained, algorithm.upload))
+    sizes = (*(part.size for part in parts), algorithm.download(workspace.layout).size)
+    said = plan.adapter
+    if sizes != (said.numbers, said.trained, said.upload, said.download):
+        raise ModelError(
+            "other-layout", "the adapter has another size than the plan says", hint="resolve it: fedtune plan"
         )
     return workspace
 

@@ -22,6 +22,7 @@ from fedtune.data.shapes import ShapeRule, shaped_batches
 from fedtune.data.templates import Example
 from fedtune.data.units import Units
 from fedtune.errors import PrivacyError
+from fedtune.journal.ledger import Reservation
 from fedtune.model.layout import AdapterLayout, AdapterState
 from fedtune.model.workspace import Workspace
 from fedtune.privacy.accounting import Event
@@ -42,13 +43,13 @@ Step = Callable[["_Drawn", RandomSource], tuple[NoisyGradient, int]]
 class Assignment:
     """What a site does in one round: from which adapter, with which optimiser state, in which round (1-based).
 
-    `reserved` is the event that the site has put on disk for it, None without privacy.
+    `reservation` is the ledger's proof that the round's event is on disk; it serves this one training.
     """
 
     site: str
     round: int
     adapter: AdapterState
-    reserved: Event | None
+    reservation: Reservation
     optimizer_state: OptimizerState = field(default_factory=dict)
 
 
@@ -102,12 +103,11 @@ def train_round(
     """Train one round; `layouts` are what is trained and what is sent, `units` says which examples are one unit.
 
     Without `units` each example is a unit. Deterministic in (plan, site, round, adapter, optimiser state) with seeded
-    noise, on one machine and thread count. Errors: `privacy.unreserved` when the assignment does not carry the event
-    that this round costs, `privacy.units` when `units` are not of these examples or the plan's unit is a column and
-    there are none.
+    noise, on one machine and thread count. Errors: `ledger.not-reserved` when the ledger has reserved something else
+    than this round costs, or the reservation has served before; `privacy.units` when `units` are not of these examples
+    or the plan's unit is a column and there are none.
     """
-    if assignment.reserved != event_of_round(plan):
-        raise PrivacyError("unreserved", f"round {assignment.round} would be trained without its event on disk")
+    assignment.reservation.begin(plan.sha256, assignment.round, event_of_round(plan))
     trained, sent = layouts
     workspace.load({**workspace.initial, **assignment.adapter})
     parameters = workspace.train_only(trained)
@@ -117,7 +117,7 @@ def train_round(
     this = _Round(plan, workspace, examples, _units(plan, units, len(examples)), lengths, parameters)
     seen, dropped = _steps(this, assignment, optimizer)
     kept = optimizers.dump_state(optimizer, parameters) if plan.training.optimizer_state == "keep" else {}
-    return LocalResult(workspace.export(sent), kept, assignment.reserved, seen, dropped)
+    return LocalResult(workspace.export(sent), kept, event_of_round(plan), seen, dropped)
 
 
 def _steps(this: _Round, assignment: Assignment, optimizer: torch.optim.Optimizer) -> tuple[int, int]:

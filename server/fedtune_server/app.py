@@ -14,11 +14,13 @@ from fedtune.config.plan import PLAN_KEY, StudyPlan
 from fedtune.run.folder import RunFolder
 from fedtune.simulation import observer
 from fedtune.simulation.workspace import open_workspace
+from fedtune_server.coordinator_key import coordinator_key
 from fedtune_server.exchange import Exchange, Traffic
 from fedtune_server.outcome import central_test, release
 from fedtune_server.roll_call import call_roll, settle
 from fedtune_server.rounds import Study, resume, run_rounds, start_optimizer
 from fedtune_server.scorecard import Evaluator
+from fedtune_server.witness import Witness
 
 app = ServerApp()
 
@@ -35,6 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     study.progress.study_started(observer.study_info(plan, study.folder.path))
     run_rounds(study)
     settle(exchange=study.exchange, plan=plan, facts=study.facts)
+    study.exchange.witness.export()
     release(study, machine)
     study.progress.study_done()
 
@@ -42,7 +45,8 @@ def main(grid: Grid, context: Context) -> None:
 def open_study(grid: Grid, plan: StudyPlan, machine: Machine) -> Study:
     """Ask every connected node who it is, and put the study's parts together before its first round."""
     plan.promise.check()
-    exchange = Exchange(grid, plan.federation.deadline, Traffic())
+    witness = Witness(machine.run, coordinator_key(machine.run / "coordinator.key"))
+    exchange = Exchange(grid, plan.federation.deadline, Traffic(), witness)
     workspace = open_workspace(plan, machine)
     algorithm = get_algorithm(plan.aggregation.algorithm)
     download = algorithm.download(workspace.layout).names

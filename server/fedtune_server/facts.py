@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedtune.flower.messages import Description
-from fedtune.privacy.accounting import Event, epsilon
+from fedtune.privacy.accounting import Event, epsilon, merge
 from fedtune.privacy.plan import PrivacyPlan
 
 Metrics = dict[str, float]
@@ -15,7 +15,10 @@ Metrics = dict[str, float]
 
 @dataclass(slots=True)
 class SiteFacts:
-    """One site, as the coordinator knows it: `units` is the site's public count, `events` all it has spent."""
+    """One site, as the coordinator knows it: `units` is the site's public count, `events` all it has spent.
+
+    `rounds` and `evaluations` count its updates and noisy metrics that were accepted.
+    """
 
     name: str
     units: int
@@ -25,10 +28,24 @@ class SiteFacts:
     failures: dict[str, int] = field(default_factory=dict)
     initial: Metrics = field(default_factory=dict)
     final: Metrics = field(default_factory=dict)
+    evaluations: int = 0
 
     def epsilon(self, promise: PrivacyPlan) -> float | None:
         """Return ε recomputed from the events that ran, or None without privacy."""
         return None if promise.mode == "off" else epsilon(self.events, promise.delta)
+
+    def note_failure(self, code: str) -> None:
+        """Count an answer that was missing or refused."""
+        self.failures[code] = self.failures.get(code, 0) + 1
+
+    def note_evaluation(self, cost: Event | None) -> None:
+        """Count noisy metrics that came; what the site has not reported of their cost yet is spent all the same."""
+        if cost is None:
+            return
+        self.evaluations += 1
+        reported = sum(event.steps for event in self.events if replace(event, steps=0) == replace(cost, steps=0))
+        missing = max(0, self.evaluations - reported)
+        self.events = merge([*self.events, replace(cost, steps=missing)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -41,6 +58,7 @@ class SiteFacts:
             "failures": self.failures,
             "initial": self.initial,
             "final": self.final,
+            "evaluations": self.evaluations,
         }
 
     @classmethod
@@ -56,7 +74,10 @@ class SiteFacts:
 
 @dataclass(slots=True)
 class StudyFacts:
-    """Everything the summary needs that is not in the plan."""
+    """Everything the summary needs that is not in the plan.
+
+    `refused` are sites that the coordinator did not let take part when they introduced themselves, and why (codes).
+    """
 
     sites: dict[str, SiteFacts] = field(default_factory=dict)
     initial: Metrics = field(default_factory=dict)
@@ -64,6 +85,7 @@ class StudyFacts:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+    refused: dict[str, str] = field(default_factory=dict)
 
     def max_epsilon(self, promise: PrivacyPlan) -> float | None:
         """Return the largest ε any site has spent, or None without privacy."""
@@ -81,6 +103,7 @@ class StudyFacts:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "seconds": self.seconds,
+            "refused": self.refused,
         }
 
     @classmethod

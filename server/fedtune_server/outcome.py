@@ -8,6 +8,7 @@ from typing import Any
 from fedtune.config.machine import Machine
 from fedtune.config.plan import StudyPlan
 from fedtune.evaluation.metrics import Tally
+from fedtune.evaluation.site_metrics import measured_on
 from fedtune.model.layout import AdapterState
 from fedtune.model.workspace import Workspace
 from fedtune.release.adapter import save_adapter
@@ -52,9 +53,10 @@ def summarise(study: Study) -> dict[str, Any]:
         "task": plan.task.style,
         "algorithm": plan.aggregation.algorithm,
         "sites": [_site(site, plan) for site in facts.sites.values()],
+        "refused": facts.refused,
         "metrics": {
             "headline": study.evaluator.headline,
-            "measured_on": "test file" if study.evaluator.central is not None else "held-out records of all sites",
+            "measured_on": "test file" if study.evaluator.central is not None else measured_on(plan),
             "initial": facts.initial,
             "final": facts.final,
         },

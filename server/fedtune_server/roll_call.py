@@ -1,13 +1,17 @@
-"""Who takes part, and what each site has spent: asked before the first round and once more after the last."""
+"""Who takes part, and what each site has spent: asked before the first round and once more after the last.
+
+A node is nobody until it has introduced itself: with a free name, and with the head of the journal that the coordinator
+knows under that name or, the first time, of a journal that nobody else has shown.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from flwr.app import Message
 
 from fedtune.config.plan import StudyPlan
-from fedtune.errors import FederationError
+from fedtune.errors import FederationError, FedtuneError
 from fedtune.flower.messages import Description, Instruction, Refusal, decode_description
 from fedtune_server.exchange import Answer, Exchange
 from fedtune_server.facts import SiteFacts, StudyFacts
@@ -15,21 +19,25 @@ from fedtune_server.rounds import check_events
 
 
 def call_roll(exchange: Exchange, plan: StudyPlan) -> tuple[dict[str, int], StudyFacts]:
-    """Return node ids and facts by site name; a node that does not describe itself takes no part.
+    """Return node ids and facts by site name; a node that is refused takes no part, by name where it gave one.
 
     Error: `federation.no-quorum` when fewer than the plan's quorum of its sites are ready.
     """
-    nodes: dict[str, int] = {}
     found: dict[str, SiteFacts] = {}
-    refused: set[str] = set()
+    refused: dict[str, str] = {}
+    unnamed: set[str] = set()
     for answer in _descriptions(exchange, plan):
-        if answer.reply is None or answer.reply.site in nodes:
-            refused.add(answer.code or "message.duplicate-site")
-            continue
-        nodes[answer.reply.site] = answer.node
-        found[answer.reply.site] = SiteFacts.of(answer.reply)
-    _require_ready(plan, len(found), refused)
-    return nodes, StudyFacts({name: found[name] for name in sorted(found)})
+        described = answer.reply
+        if described is None:
+            unnamed.add(answer.code)
+        elif code := _introduce(exchange, answer.node, described, found):
+            refused[described.site] = code
+        else:
+            found[described.site] = SiteFacts.of(described)
+    _require_ready(plan, len(found), unnamed | {f"{name}: {code}" for name, code in refused.items()})
+    nodes = {name: node for node, name in exchange.sites.items()}
+    refused = {name: refused[name] for name in sorted(refused) if name not in found}
+    return nodes, StudyFacts({name: found[name] for name in sorted(found)}, refused=refused)
 
 
 def settle(exchange: Exchange, plan: StudyPlan, facts: StudyFacts) -> None:
@@ -38,10 +46,30 @@ def settle(exchange: Exchange, plan: StudyPlan, facts: StudyFacts) -> None:
     A site that does not answer keeps the events it last reported, and none can take back what it has reported.
     """
     for answer in _descriptions(exchange, plan):
-        if answer.reply is None:
+        described = answer.reply
+        name = exchange.sites.get(answer.node)
+        if described is None:
+            if name in facts.sites:
+                facts.sites[name].note_failure(answer.code)
             continue
-        site = facts.sites.setdefault(answer.reply.site, SiteFacts.of(answer.reply))
-        site.events = max(site.events, answer.reply.events, key=lambda events: sum(event.steps for event in events))
+        if name is None and _introduce(exchange, answer.node, described, set(exchange.sites.values())):
+            continue
+        if described.site != exchange.sites[answer.node]:
+            continue
+        site = facts.sites.setdefault(described.site, SiteFacts.of(described))
+        site.events = max(site.events, described.events, key=lambda events: sum(event.steps for event in events))
+
+
+def _introduce(exchange: Exchange, node: int, described: Description, taken: Container[str]) -> str:
+    """Put down who a node is, unless its name is taken; return an empty string, or the code of why it has no part."""
+    if described.site in taken:
+        return "message.duplicate-site"
+    try:
+        exchange.witness.meet(described.site, described.head)
+    except FedtuneError as error:
+        return error.code
+    exchange.sites[node] = described.site
+    return ""
 
 
 def _descriptions(exchange: Exchange, plan: StudyPlan) -> Iterator[Answer[Description]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedtune.aggregation.algorithms import Algorithm, get_algorithm
 from fedtune.aggregation.averaging import TailAverage
@@ -68,10 +68,13 @@ def resume(study: Study) -> None:
     study.folder.rewind_metrics(0 if checkpoint is None else checkpoint.round)
     if checkpoint is None:
         return
-    described = study.facts.sites
+    described, refused = study.facts.sites, study.facts.refused
     study.round, study.adapter, study.optimizer = checkpoint.round, checkpoint.adapter, checkpoint.optimizer
     restore_average(study.average, checkpoint)
     study.facts = StudyFacts.from_dict(checkpoint.facts)
+    study.facts.refused = refused
+    for name in refused.keys() & study.facts.sites.keys():
+        study.facts.sites[name].note_failure(refused[name])
     study.exchange.traffic.up, study.exchange.traffic.down = study.facts.bytes_up, study.facts.bytes_down
     for name, site in described.items():
         known = study.facts.sites.setdefault(name, site)
@@ -107,6 +110,7 @@ def _run_round(study: Study, number: int) -> None:
     study.facts.seconds += seconds
     study.facts.bytes_up, study.facts.bytes_down = study.exchange.traffic.up, study.exchange.traffic.down
     result = _result(study, asked, failed, before, metrics, seconds)
+    study.exchange.witness.save()
     _log(study.folder, result, metrics)  # before the checkpoint: a line without one is dropped on resume
     _save(study)
     study.progress.round_done(result)
@@ -126,7 +130,7 @@ def _collect(study: Study, number: int, asked: list[str]) -> tuple[StreamingMean
         code = _accept(study, answer, site, number, mean, weights[site.name], upload)
         if code:
             failed[site.name] = code
-            site.failures[code] = site.failures.get(code, 0) + 1
+            site.note_failure(code)
             study.progress.site_failed(site.name, code)
         else:
             site.rounds += 1
@@ -150,7 +154,8 @@ def _accept(  # noqa: PLR0913, PLR0917 - the parts of one decision
     try:
         if update.site != site.name or update.round != number:
             raise MessageError("wrong-sender", "the update names another site or round")
-        check_events(study.plan, update.events, at_least=study.plan.training.local_steps * (site.rounds + 1))
+        known = study.plan.training.local_steps * (site.rounds + 1), site.evaluations
+        check_events(study.plan, update.events, at_least=known)
         validate(update.state, upload, max_norm=study.plan.aggregation.max_update_norm, reference=study.adapter)
         mean.add(update.state, weight)
     except FedtuneError as error:
@@ -159,21 +164,25 @@ def _accept(  # noqa: PLR0913, PLR0917 - the parts of one decision
     return ""
 
 
-def check_events(plan: StudyPlan, events: Iterable[Event], *, at_least: int = 0) -> None:
+def check_events(plan: StudyPlan, events: Iterable[Event], *, at_least: tuple[int, int] = (0, 0)) -> None:
     """Refuse events that a site of this plan cannot have spent, because ε is computed from what it says.
 
-    Every event must be of the plan's mechanism. `at_least` are the steps of the rounds whose updates were accepted; the
-    upper bound leaves room for rounds that were repeated and keeps the accountant's work finite.
+    Every event must be of one of the plan's mechanisms, training or noisy evaluation. `at_least` are the steps of the
+    rounds whose updates were accepted, and the evaluations that were; the upper bounds leave room for rounds that were
+    repeated and keep the accountant's work finite.
     """
-    if plan.promise.mode == "off":
+    promise = plan.promise
+    if promise.mode == "off":
         return
-    steps = 0
-    for event in events:
-        steps += event.steps
-        if event != plan.promise.event(event.steps):
-            raise MessageError("wrong-events", "the site's privacy events are not of the plan's mechanism")
-    if not at_least <= steps <= _MOST_REPEATS * plan.promise.max_steps:
-        raise MessageError("wrong-events", f"the site's privacy events add up to {steps} steps, {at_least} are known")
+    said = [(replace(event, steps=0), event.steps) for event in events]
+    mechanisms = promise.event(0), promise.evaluation_event(0)
+    if any(mechanism not in mechanisms for mechanism, _ in said):
+        raise MessageError("wrong-events", "the site's privacy events are not of the plan's mechanisms")
+    planned = promise.max_steps, promise.evaluations
+    for mechanism, most, known in zip(mechanisms, planned, at_least, strict=True):
+        spent = sum(steps for found, steps in said if found == mechanism)
+        if not known <= spent <= _MOST_REPEATS * most:
+            raise MessageError("wrong-events", f"the site's privacy events add up to {spent} steps, {known} are known")
 
 
 def _require_quorum(plan: StudyPlan, asked: list[str], failed: dict[str, str], number: int) -> None:

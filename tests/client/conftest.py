@@ -17,6 +17,7 @@ from fedtune.flower.messages import Instruction, encode_instruction
 from fedtune.run.folder import create
 from fedtune_client.app import app
 from tests.support.bench import Bench, make_bench
+from tests.support.journal_lines import charged_rounds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,8 +44,14 @@ class Coordinator:
         layout = get_algorithm(self.plan.aggregation.algorithm).download(self.bench.workspace.layout)
         return {name: self.bench.workspace.initial[name] for name in layout.names}
 
-    def site_file(self, name: str = "events.jsonl") -> Path:
-        return self.bench.machine.run / "sites" / self.bench.name / name
+    @property
+    def journal(self) -> Path:
+        return self.bench.machine.run / "sites" / self.bench.name / f"{self.bench.name}.journal"
+
+    @property
+    def charged(self) -> list[int]:
+        """The rounds that the site has charged."""
+        return charged_rounds(self.journal)
 
     def ask(self, kind: str, number: int = 1, adapter: AdapterState | None = None, **fields: Any) -> Message:
         grid = InProcessGrid(app, self.plan.federation.sites, {PLAN_KEY: self.plan_text})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +12,11 @@ import pytest
 from fedtune.config.plan import StudyPlan
 from fedtune.errors import DataError
 from fedtune.flower.messages import Refusal, Update, decode_description, decode_evaluation, decode_update
+from fedtune.model.layout import AdapterState
 from fedtune.privacy.accounting import Event
 from fedtune.privacy.plan import public_count
 from tests.client.conftest import Coordinator
+from tests.support.journal_lines import entries
 
 Study = Callable[..., Coordinator]
 CANARY = "patient Jane Roe, HIV positive"
@@ -92,17 +93,40 @@ def test_a_repeated_round_gives_the_same_update_and_costs_once(study: Study) -> 
     assert first.events == again.events == (Event(0.7, 0.5, 4, 0.5),)
 
 
-def test_secure_noise_is_charged_for_every_attempt(study: Study) -> None:
+def test_a_repeated_round_with_secure_noise_sends_the_stored_update_and_costs_once(study: Study) -> None:
     asked = study(privacy__noise="secure")
+    first, again = update(asked, 1), update(asked, 1)
+    assert all(first.state[name].tobytes() == again.state[name].tobytes() for name in first.state)
+    assert first.events == again.events == (Event(0.7, 0.5, 2, 0.5, noise="secure"),)
+    assert asked.charged == [1]
+
+
+@pytest.mark.parametrize("noise", ["seeded", "secure"])
+def test_the_same_round_from_another_adapter_is_charged_again(study: Study, noise: str) -> None:
+    asked = study(privacy__noise=noise)
     update(asked, 1)
-    (event,) = update(asked, 1).events
-    assert event.steps == 4
+    assert not isinstance(decode_update(asked.ask("train", 1, other_start(asked)).content, asked.plan.sha256), Refusal)
+    assert asked.charged == [1, 1]
+
+
+def test_what_would_pass_the_plans_promise_is_refused_and_costs_nothing(study: Study) -> None:
+    asked = study()
+    for number in (1, 2):
+        update(asked, number)
+    assert refusal(asked, "train", 2, other_start(asked)) == "ledger.over-cap"
+    assert asked.charged == [1, 2]
+    assert update(asked, 2).events == (Event(0.7, 0.5, 4, 0.5),)
+
+
+def other_start(asked: Coordinator) -> AdapterState:
+    return {name: array + np.float32(0.01) for name, array in asked.download.items()}
 
 
 def test_without_privacy_nothing_is_spent_or_written(study: Study) -> None:
     asked = study(privacy__mode="off", privacy__noise_multiplier=None)
     assert update(asked).events == ()
-    assert not asked.site_file().exists()
+    (charge,) = entries(asked.journal, "reserve")
+    assert charge["event"] is None
 
 
 # --- what it refuses ------------------------------------------------------------------------------------------------
@@ -113,12 +137,12 @@ def test_the_event_is_on_disk_before_a_record_is_trained_on(study: Study, monkey
     asked = study()
 
     def crash(*args: Any, **kwargs: Any) -> None:
-        assert asked.site_file().exists()
+        assert asked.charged == [1]
         raise RuntimeError(CANARY)
 
     monkeypatch.setattr("fedtune.training.local.clip_and_sum", crash)
     assert refusal(asked) == "site.internal"
-    assert [json.loads(line)["round"] for line in asked.site_file().read_text().splitlines()] == [1]
+    assert (asked.charged, entries(asked.journal, "commit")) == ([1], [])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +164,7 @@ def test_whatever_goes_wrong_leaves_the_site_as_a_code(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    for place in ("app.train_round", "app.evaluate", "spending.read_lines"):
+    for place in ("app.train_round", "app.measure", "app.Description"):
         monkeypatch.setattr(f"fedtune_client.{place}", fail)
     reply = asked.ask(kind)
     text = repr(reply.content) + repr(reply.metadata)
@@ -167,18 +191,27 @@ def test_a_failing_site_prints_nothing_about_its_records(
 def test_a_round_that_the_plan_does_not_have_is_refused_and_costs_nothing(study: Study, number: int) -> None:
     asked = study()
     assert refusal(asked, "train", number) == "message.wrong-round"
-    assert not asked.site_file().exists()
+    assert asked.charged == []
 
 
-@pytest.mark.parametrize("text", ["", "{}", "not json", '{"schema_version": 2}', "[]"])
-def test_a_plan_that_cannot_be_read_is_refused(study: Study, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("", "not-json"),
+        ("{}", "missing-key"),
+        ("not json", "not-json"),
+        ('{"schema_version": 2}', "missing-key"),
+        ("[]", "not-json"),
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_refused(study: Study, text: str, code: str) -> None:
     asked = study()
-    assert refusal(Coordinator(asked.bench, text)) == "config.bad-plan"
+    assert refusal(Coordinator(asked.bench, text)) == f"policy.plan-{code}"
 
 
 def test_a_plan_in_another_spelling_is_refused(study: Study) -> None:
     asked = study()
-    assert refusal(Coordinator(asked.bench, asked.plan_text + " ")) == "config.bad-plan"
+    assert refusal(Coordinator(asked.bench, asked.plan_text + " ")) == "policy.plan-not-canonical"
 
 
 def test_a_message_of_another_plan_is_refused(study: Study) -> None:
@@ -193,7 +226,7 @@ def test_a_plan_whose_noise_does_not_keep_its_promise_is_refused_by_the_site_its
 
     asked = other_plan(study(), promise_too_much)
     assert refusal(asked) == "privacy.overspends"
-    assert not asked.site_file().exists()
+    assert asked.charged == []
 
 
 def test_a_plan_with_more_steps_than_its_promise_covers_is_refused(study: Study) -> None:
@@ -229,7 +262,7 @@ def test_an_adapter_that_is_not_what_the_plan_sends_is_refused_and_costs_nothing
     }
     for code, adapter in wrong.items():
         assert refusal(asked, kind, 1, adapter) == code
-    assert not asked.site_file().exists()
+    assert asked.charged == []
 
 
 def test_a_frozen_a_is_never_taken_from_a_coordinator(study: Study) -> None:
@@ -242,10 +275,10 @@ def test_metrics_that_the_plan_keeps_at_the_site_stay_there(study: Study) -> Non
     assert refusal(asked, "evaluate") == "privacy.metrics-off"
 
 
-def test_a_damaged_spending_log_stops_the_site_before_it_trains(study: Study) -> None:
+def test_a_damaged_journal_stops_the_site_before_it_trains(study: Study) -> None:
     asked = study()
     update(asked, 1)
-    asked.site_file().write_text("damaged\n" + asked.site_file().read_text())
-    before = asked.site_file().read_bytes()
-    assert refusal(asked, "train", 2) == "run.damaged"
-    assert asked.site_file().read_bytes() == before
+    asked.journal.write_text("damaged\n" + asked.journal.read_text())
+    before = asked.journal.read_bytes()
+    assert refusal(asked, "train", 2) == "journal.tampered"
+    assert asked.journal.read_bytes() == before

@@ -38,7 +38,9 @@ def test_the_bytes_of_a_plan_are_those_that_travel(study: Study) -> None:
     traffic = summary_of(*words)["traffic"]
     for way in ("up", "down"):
         overhead = traffic[f"bytes_{way}"] - 3 * wire[way]
-        assert 0 < overhead < 3 * 3 * 600  # headers of describe, train and describe, for three sites
+        assert (
+            0 < overhead < 3 * 3 * 900
+        )  # headers, heads and receipts of describe, train and describe, for three sites
 
 
 def test_the_text_of_a_plan_names_everything_and_the_command_that_runs_it(study: Study) -> None:

@@ -22,13 +22,13 @@ def block(run: Path, site: str) -> None:
 def test_a_site_that_cannot_write_is_named_and_counted_and_the_others_go_on(study: Study, tmp_path: Path) -> None:
     run = tmp_path / "run"
     resolved = resolve(compose(study.words(f"run.dir={run}")))
-    summary = simulate(resolved.plan, resolved.machine, At("study_started", lambda: block(run, "site-002")))
-    assert [line["failed"] for line in metric_lines(run)] == [{"site-002": "run.unwritable"}] * 2
+    summary = simulate(resolved.plan, resolved.machine, At("study_started", lambda: swap(run / "sites" / "site-002")))
+    assert [line["failed"] for line in metric_lines(run)] == [{"site-002": "journal.unwritable"}] * 2
     sites = {site["name"]: site for site in summary["sites"]}
-    assert (sites["site-002"]["rounds"], sites["site-002"]["failures"]) == (0, {"run.unwritable": 2})
+    assert (sites["site-002"]["rounds"], sites["site-002"]["failures"]) == (0, {"journal.unwritable": 6})
     assert (sites["site-001"]["rounds"], sites["site-001"]["failures"]) == (2, {})
     assert sites["site-002"]["epsilon"] == 0
-    assert set(events(run)) == {"site-001", "site-003"}
+    assert {place: len(charged) for place, charged in events(run).items()} == {"aside": 0, "site-001": 2, "site-003": 2}
 
 
 def test_no_round_ends_without_its_quorum_and_the_run_continues_when_sites_are_back(
@@ -39,7 +39,7 @@ def test_no_round_ends_without_its_quorum_and_the_run_continues_when_sites_are_b
     with pytest.raises(FederationError) as caught:
         simulate(resolved.plan, resolved.machine, At("round_done 1", lambda: swap(run / "sites" / "site-003")))
     assert caught.value.code == "federation.no-quorum"
-    assert "site-003: run.unwritable" in caught.value.message
+    assert "site-003: journal.unwritable" in caught.value.message
     (run / "sites" / "site-003").unlink()
     (run / "sites" / "aside").rename(run / "sites" / "site-003")
     done = command("simulate", "--resume", str(run), "--format", "json")

@@ -12,6 +12,7 @@ from fedtune.config.compose import compose
 from fedtune.run.folder import RunFolder
 from fedtune.simulation.resolve import resolve
 from fedtune.simulation.runner import continue_run, simulate
+from tests.support.journal_lines import entries
 from tests.support.runs import Study, command, events, metric_lines, process, released, summary_of
 from tests.support.watching import At, ctrl_c
 
@@ -71,24 +72,39 @@ def test_a_study_stopped_in_every_round_in_turn_continues_each_time(
     assert released(run) == released(Path(whole["run_dir"]))
 
 
-def test_fresh_noise_makes_a_repeated_round_cost_again_and_the_result_says_so(study: Study, tmp_path: Path) -> None:
+def test_an_update_with_fresh_noise_is_sent_again_and_not_made_again(study: Study, tmp_path: Path) -> None:
     run = tmp_path / "run"
     interrupted_at(study, run, "site_done site-001", "privacy.noise=secure")
-    assert {site: len(lines) for site, lines in events(run).items()} == {"site-001": 1}
+    assert {site: len(lines) for site, lines in events(run).items()} == {"site-001": 1, "site-002": 0, "site-003": 0}
     summary = resumed(run)
-    spent = {site["name"]: site["epsilon"] for site in summary["sites"]}
-    assert spent["site-001"] > 8 >= spent["site-002"] == spent["site-003"]
-    assert summary["privacy"]["max_epsilon"] == spent["site-001"]
-    assert summary["privacy"]["statement"].startswith("EXCEEDED: ε = ")
-    assert "EXCEEDED" in (run / "adapter" / "README.md").read_text("utf-8")
-    assert "EXCEEDED" in command("evaluate", str(run), str(study.data)).out
+    assert [line["round"] for line in events(run)["site-001"]] == [1, 2]
+    sent = entries(run / "sites" / "site-001" / "site-001.journal", "update-sent")
+    assert [line["again"] for line in sent] == [False, True, False]
+    assert {site["rounds"] for site in summary["sites"]} == {2}
+    assert summary["privacy"]["max_epsilon"] <= 8
 
 
-def test_repeated_seeded_noise_is_the_same_noise_and_costs_once(study: Study, tmp_path: Path) -> None:
+def test_a_round_that_was_lost_stays_charged_and_the_site_stops_at_the_plans_epsilon(
+    study: Study, tmp_path: Path
+) -> None:
+    """What a site keeps of its first round is lost, so that it has to draw new noise: its last round is too much."""
+    run = tmp_path / "run"
+    interrupted_at(study, run, "site_done site-001", "privacy.noise=secure")
+    for item in (run / "sites" / "site-001" / "vault").rglob("training-*"):
+        item.unlink()
+    summary = resumed(run)
+    assert [line["round"] for line in events(run)["site-001"]] == [1, 1]
+    sites = {site["name"]: site for site in summary["sites"]}
+    assert (sites["site-001"]["rounds"], sites["site-001"]["failures"]) == (1, {"ledger.over-cap": 1})
+    assert {site["epsilon"] for site in summary["sites"]} == {summary["privacy"]["max_epsilon"]}
+    assert summary["privacy"]["max_epsilon"] <= 8
+
+
+def test_seeded_noise_is_drawn_again_the_same_and_costs_once(study: Study, tmp_path: Path) -> None:
     run = tmp_path / "run"
     interrupted_at(study, run, "site_done site-001")
     summary = resumed(run)
-    assert [line["round"] for line in events(run)["site-001"]] == [1, 1, 2]
+    assert [line["round"] for line in events(run)["site-001"]] == [1, 2]
     assert len({site["epsilon"] for site in summary["sites"]}) == 1
     assert summary["privacy"]["max_epsilon"] <= 8
 

@@ -232,7 +232,7 @@ def test_a_full_disk_is_an_error_and_the_run_continues_once_there_is_space(
     remount(disk, f"size={kilobytes}k")
     done = command("simulate", *words, f"run.dir={run}")
     assert done.code in {2, 3}
-    assert "run.disk-full" in done.err
+    assert ".disk-full" in done.err
     assert "hint: " in done.err
     remount(disk, "size=4m")
     if (run / "plan.json").exists():
@@ -255,7 +255,7 @@ def test_records_that_changed_since_the_run_began_stop_a_resume(study: Study, tm
     dealt.cache_clear()  # a later command is a process of its own
     done = command("simulate", "--resume", str(run))
     assert done.code == 3
-    assert "error[federation.other-data]" in done.err
+    assert "consent.other-data" in done.err
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise"])

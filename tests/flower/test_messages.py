@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,11 +31,16 @@ from fedtune.flower.messages import (
     encode_instruction,
     encode_reply,
     refusal_of,
+    with_receipt,
 )
+from fedtune.journal.witness import Head, Receipt
 from fedtune.privacy.accounting import Event
+from tests.support.journals import MemoryJournal
 
 PLAN = "a" * 64
 EVENTS = (Event(1.2, 0.1, 30, 1.0), Event(0.7, 1.0, 2, 1.0, noise="secure"))
+HEAD = Head.of(MemoryJournal.create("bank-1"))
+RECEIPT = Receipt.of(HEAD, Ed25519PrivateKey.generate())
 STATE = {"b.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.weight": np.ones(1, np.float32)}
 names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
 float32 = hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
@@ -62,43 +68,54 @@ def same(left: Any, right: Any) -> bool:
 
 
 def update(**changes: Any) -> RecordDict:
-    return encode_reply(replace(Update(PLAN, "bank-1", 3, STATE, EVENTS), **changes))
+    return encode_reply(replace(Update(PLAN, "bank-1", 3, STATE, EVENTS, HEAD), **changes))
 
 
-@given(st.integers(0, 10**6), states)
-def test_an_instruction_comes_back_bit_for_bit(number: int, state: dict[str, Any]) -> None:
-    found = decode_instruction(encode_instruction(Instruction(PLAN, number, state)), PLAN)
-    assert (found.plan_sha256, found.round) == (PLAN, number)
+@given(st.integers(0, 10**6), states, st.sampled_from([None, RECEIPT]))
+def test_an_instruction_comes_back_bit_for_bit(number: int, state: dict[str, Any], receipt: Receipt | None) -> None:
+    found = decode_instruction(encode_instruction(Instruction(PLAN, number, state, receipt)), PLAN)
+    assert (found.plan_sha256, found.round, found.receipt) == (PLAN, number, receipt)
     assert same(found.adapter, state)
+
+
+def test_instructions_to_two_sites_share_all_but_the_receipt() -> None:
+    shared = encode_instruction(Instruction(PLAN, 1, STATE))
+    other = Receipt.of(Head.of(MemoryJournal.create("bank-2")), Ed25519PrivateKey.generate())
+    first, second = with_receipt(shared, RECEIPT), with_receipt(shared, other)
+    assert first["arrays"] is second["arrays"] is shared["arrays"]
+    assert first["fedtune"] is second["fedtune"] is shared["fedtune"]
+    assert [decode_instruction(content, PLAN).receipt for content in (first, second, shared)] == [RECEIPT, other, None]
+    assert with_receipt(shared, None) is shared
+    assert 0 < content_bytes(first) - content_bytes(shared) < 1000
 
 
 @given(names, st.integers(0, 10**6), states, events)
 def test_an_update_comes_back_bit_for_bit(site: str, number: int, state: dict[str, Any], spent: Any) -> None:
-    found = decode_update(encode_reply(Update(PLAN, site, number, state, spent)), PLAN)
+    found = decode_update(encode_reply(Update(PLAN, site, number, state, spent, HEAD)), PLAN)
     assert isinstance(found, Update)
-    assert (found.site, found.round, found.events) == (site, number, spent)
+    assert (found.site, found.round, found.events, found.head) == (site, number, spent, HEAD)
     assert same(found.state, state)
 
 
 @given(names, st.integers(0, 10**9), events)
 def test_a_description_comes_back(site: str, units: int, spent: Any) -> None:
-    description = Description(PLAN, site, units, "d" * 64, spent)
+    description = Description(PLAN, site, units, "d" * 64, spent, HEAD)
     assert decode_description(encode_reply(description), PLAN) == description
 
 
 @pytest.mark.parametrize("name", ["", "a" * 65, "no spaces", "-first", "line\n", "ünïcode"])
 def test_a_site_cannot_call_itself_just_anything(name: str) -> None:
     with pytest.raises(MessageError) as caught:
-        decode_description(encode_reply(Description(PLAN, name, 10, "d" * 64, ())), PLAN)
+        decode_description(encode_reply(Description(PLAN, name, 10, "d" * 64, (), HEAD)), PLAN)
     assert caught.value.code == "message.wrong-field"
 
 
 @pytest.mark.parametrize("confusion", [None, Confusion.of([0, 1, 1], [0, 0, 1], 2)])
 def test_an_evaluation_comes_back(confusion: Confusion | None) -> None:
     arrays = Tally(1.5, 3, 0, confusion).to_arrays()
-    found = decode_evaluation(encode_reply(Evaluation(PLAN, "bank-1", 2, arrays)), PLAN)
+    found = decode_evaluation(encode_reply(Evaluation(PLAN, "bank-1", 2, arrays, HEAD)), PLAN)
     assert isinstance(found, Evaluation)
-    assert (found.site, found.round) == ("bank-1", 2)
+    assert (found.site, found.round, found.head) == ("bank-1", 2, HEAD)
     assert same(found.tally, arrays)
 
 
@@ -148,6 +165,14 @@ def with_array(name: str = "x", **fields: Any) -> RecordDict:
     return RecordDict({**dict(update()), "arrays": ArrayRecord({name: Array(**{**honest, **fields})})})
 
 
+def head_with(**fields: Any) -> str:
+    return json.dumps({**HEAD.to_dict(), **fields})
+
+
+def head_without(name: str) -> str:
+    return json.dumps({key: value for key, value in HEAD.to_dict().items() if key != name})
+
+
 BROKEN = {
     "another schema": (lambda: changed(update(), schema=2), "message.wrong-schema"),
     "a schema of another type": (lambda: changed(update(), schema="1"), "message.wrong-schema"),
@@ -183,6 +208,21 @@ BROKEN = {
         lambda: changed(update(), events=json.dumps([{**EVENTS[0].to_dict(), "steps": -1}])),
         "privacy.event",
     ),
+    "no head": (lambda: changed(update(), head=None), "message.wrong-field"),
+    "a head that is no JSON": (lambda: changed(update(), head="{"), "message.wrong-head"),
+    "a head that is no object": (lambda: changed(update(), head="[]"), "message.wrong-head"),
+    "a head that nests": (lambda: changed(update(), head="[" * 900_000), "message.wrong-head"),
+    "a head without a digest": (lambda: changed(update(), head=head_without("digest")), "message.wrong-head"),
+    "a head before the first record": (lambda: changed(update(), head=head_with(sequence=-1)), "message.wrong-head"),
+    "a head with a short hash": (lambda: changed(update(), head=head_with(site="a" * 63)), "message.wrong-head"),
+    "a head with a long signature": (
+        lambda: changed(update(), head=head_with(signature="a" * 129)),
+        "message.wrong-head",
+    ),
+    "a receipt where a site sends none": (
+        lambda: RecordDict({**dict(update()), "receipt": with_receipt(RecordDict(), RECEIPT)["receipt"]}),
+        "message.wrong-records",
+    ),
     "no arrays": (lambda: RecordDict({"fedtune": update()["fedtune"]}), "message.wrong-records"),
     "a record more": (lambda: RecordDict({**dict(update()), "also": ConfigRecord()}), "message.wrong-records"),
     "a header as arrays": (lambda: RecordDict({**dict(update()), "arrays": ConfigRecord()}), "message.wrong-records"),
@@ -211,6 +251,26 @@ def test_a_well_formed_update_is_not() -> None:
     assert isinstance(decode_update(with_array(), PLAN), Update)
 
 
+@pytest.mark.parametrize(
+    ("record", "code"),
+    [
+        (ConfigRecord({}), "message.wrong-records"),
+        (ConfigRecord({"receipt": "{}", "also": "x"}), "message.wrong-records"),
+        (to_record({}), "message.wrong-records"),
+        (ConfigRecord({"receipt": 1}), "message.wrong-field"),
+        (ConfigRecord({"receipt": "{}"}), "message.wrong-head"),
+        (ConfigRecord({"receipt": "nonsense"}), "message.wrong-head"),
+        (ConfigRecord({"receipt": json.dumps({**RECEIPT.to_dict(), "head": {}})}), "message.wrong-head"),
+        (ConfigRecord({"receipt": json.dumps({**RECEIPT.to_dict(), "witness": "f"})}), "message.wrong-head"),
+    ],
+)
+def test_an_instruction_with_anything_but_a_receipt_is_refused(record: Any, code: str) -> None:
+    content = RecordDict({**encode_instruction(Instruction(PLAN, 1, STATE)), "receipt": record})
+    with pytest.raises(MessageError) as caught:
+        decode_instruction(content, PLAN)
+    assert caught.value.code == code
+
+
 scalars = st.one_of(
     st.integers(-(2**63), 2**63 - 1), st.floats(), st.text(max_size=8), st.booleans(), st.binary(max_size=8)
 )
@@ -225,7 +285,11 @@ def code_of(decode: Any, content: RecordDict) -> str:
     return ""
 
 
-@given(st.dictionaries(st.sampled_from(["schema", "kind", "plan_sha256", "site", "round", "events", "code"]), scalars))
+@given(
+    st.dictionaries(
+        st.sampled_from(["schema", "kind", "plan_sha256", "site", "round", "events", "head", "code"]), scalars
+    )
+)
 def test_any_header_decodes_or_is_refused_and_nothing_else(fields: dict[str, Any]) -> None:
     for decode in (decode_update, decode_description, decode_evaluation, decode_instruction):
         assert code_of(decode, changed(update(), **fields)).partition(".")[0] in {"", "message", "privacy"}

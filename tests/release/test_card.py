@@ -73,6 +73,13 @@ def test_a_metric_that_was_not_measured_before_is_shown_as_missing(pooled: Bench
     assert f"| accuracy | {math.nan} | 0.7500 |" in render_card(pooled.plan, summary)
 
 
+def test_noisy_metrics_say_where_their_noise_stands(pooled: Bench) -> None:
+    text = card(pooled, accuracy=0.75, accuracy_noise=0.01)
+    assert "| accuracy_noise | 0.2500 | 0.0100 |" in text
+    assert "NAME_noise is the standard deviation of the noise in NAME" in text
+    assert "not covered by ε" not in text
+
+
 @pytest.mark.parametrize("site", ["pooled", "language"])
 def test_the_code_of_the_card_is_python_for_this_kind_of_model(site: str, request: pytest.FixtureRequest) -> None:
     bench: Bench = request.getfixturevalue(site)

@@ -6,14 +6,17 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.clientapp import ClientApp
 
 from fedtune.flower.grid import InProcessGrid
 from fedtune_server import exchange as exchange_module
 from fedtune_server.exchange import Exchange, Traffic
+from fedtune_server.witness import Witness
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 
 class Arriving(InProcessGrid):
@@ -28,17 +31,21 @@ class Arriving(InProcessGrid):
         return list(super().get_node_ids())[: self.connected]
 
 
-def test_nodes_that_connect_one_by_one_all_take_part() -> None:
-    assert len(Exchange(Arriving(5), 10.0, Traffic()).nodes(5)) == 5
+def exchange(nodes: int, deadline: float, folder: Path) -> Exchange:
+    return Exchange(Arriving(nodes), deadline, Traffic(), Witness(folder, Ed25519PrivateKey.generate()))
 
 
-def test_nodes_that_never_connect_are_not_waited_for_longer_than_the_deadline() -> None:
+def test_nodes_that_connect_one_by_one_all_take_part(tmp_path: Path) -> None:
+    assert len(exchange(5, 10.0, tmp_path).nodes(5)) == 5
+
+
+def test_nodes_that_never_connect_are_not_waited_for_longer_than_the_deadline(tmp_path: Path) -> None:
     began = time.monotonic()
-    assert len(Exchange(Arriving(3), 0.2, Traffic()).nodes(4)) == 3
+    assert len(exchange(3, 0.2, tmp_path).nodes(4)) == 3
     assert time.monotonic() - began < 5
 
 
-def test_nor_longer_than_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nor_longer_than_a_minute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert exchange_module._PATIENCE_SECONDS == 60
     monkeypatch.setattr(exchange_module, "_PATIENCE_SECONDS", 0.1)
-    assert len(Exchange(Arriving(3), 3600.0, Traffic()).nodes(4)) == 3
+    assert len(exchange(3, 3600.0, tmp_path).nodes(4)) == 3

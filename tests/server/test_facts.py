@@ -4,9 +4,11 @@ import json
 import math
 
 from fedtune.flower.messages import Description
+from fedtune.journal.witness import Head
 from fedtune.privacy.accounting import Event, epsilon
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune_server.facts import SiteFacts, StudyFacts
+from tests.support.journals import MemoryJournal
 
 SPENT = (Event(1.0, 0.1, 20, 1.0),)
 PROMISE = PrivacyPlan.from_noise(noise_multiplier=1.0, delta=1e-5, clip_norm=1.0, sampling_rate=0.1, max_steps=20)
@@ -37,6 +39,7 @@ def test_without_privacy_there_is_no_epsilon() -> None:
 
 
 def test_a_site_starts_from_what_it_says_it_has_spent() -> None:
-    site = SiteFacts.of(Description("a" * 64, "bank-a", 120, "d" * 64, SPENT))
+    head = Head.of(MemoryJournal.create("bank-a"))
+    site = SiteFacts.of(Description("a" * 64, "bank-a", 120, "d" * 64, SPENT, head))
     assert (site.name, site.units, site.events, site.rounds) == ("bank-a", 120, SPENT, 0)
     assert math.isclose(site.epsilon(PROMISE) or 0, PROMISE.epsilon)

@@ -70,6 +70,18 @@ def test_each_site_has_its_units_rounds_failures_epsilon_delta_and_metric() -> N
     assert ["site-2", "-", "10", "0", "7.992", "1e-05", "-", "-", "-"] in rows
 
 
+def test_noisy_metrics_are_shown_with_their_noise() -> None:
+    metrics = {
+        "measured_on": "held-out units of all sites, noise charged to ε",
+        "initial": {"accuracy": 0.125, "accuracy_noise": 0.0062},
+        "final": {"accuracy": 0.875, "accuracy_noise": 0.0062},
+    }
+    shown = text(render_summary(changed(metrics=metrics, sites=[site(0, metrics=metrics)])))
+    assert "Held-out units of all sites, noise charged to ε" in shown
+    assert shown.count("0.8750 ± 0.0062") == 2
+    assert "accuracy_noise" not in shown
+
+
 def test_the_privacy_statement_says_what_is_promised_and_that_seeded_noise_is_not_for_release() -> None:
     shown = " ".join(text(render_summary(summary)).split())
     for part in ("ε ≤ 7.992 at δ = 1e-05 for one record", "add or remove one", "Poisson", "pld", "updates are"):

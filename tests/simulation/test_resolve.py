@@ -76,6 +76,29 @@ def test_a_noise_multiplier_replaces_the_calibration(study: Study) -> None:
     assert promise.epsilon == promise.forecast()
 
 
+def test_noisy_metrics_are_covered_by_the_same_promise(study: Study) -> None:
+    changes = ("federation.rounds=5", "evaluation.every=2", "evaluation.site_metrics=noisy", "data.holdout=0.2")
+    promise = resolved(study, "privacy.epsilon=3", *changes).plan.promise
+    both = [promise.event(5), promise.evaluation_event(4)]
+    assert promise.evaluations == 4
+    assert 0.98 * 3 < epsilon(both, promise.delta) <= 3
+    more = resolved(study, "privacy.epsilon=3", *changes, "evaluation.budget_share=0.2").plan.promise
+    assert more.evaluation_noise_multiplier == pytest.approx(promise.evaluation_noise_multiplier / 2)
+    assert more.noise_multiplier > promise.noise_multiplier
+    given = resolved(study, "privacy.noise_multiplier=1.5", *changes).plan.promise
+    assert given.noise_multiplier == 1.5
+    assert given.epsilon == given.forecast() > given.spent(5)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"), [("privacy=off", "privacy.noisy-metrics"), ("data.holdout=0", "config.nothing-held-out")]
+)
+def test_noise_that_protects_nothing_is_refused(study: Study, change: str, code: str) -> None:
+    with pytest.raises(FedtuneError) as caught:
+        resolved(study, "evaluation.site_metrics=noisy", change)
+    assert caught.value.code == code
+
+
 def test_delta_is_below_one_in_the_largest_site_unless_it_is_given(study: Study, tmp_path: Path) -> None:
     big = bank_csv(tmp_path / "big.csv", rows=300)
     found = resolved(study, f"data.path={big}", "data.partition.scheme=quantity")

@@ -14,7 +14,8 @@ from fedtune.privacy.plan import PrivacyPlan
 from fedtune.simulation.resolve import resolve
 from fedtune.simulation.sites import dealt
 from fedtune.simulation.workspace import open_workspace
-from fedtune.training.local import Assignment, LocalResult, event_of_round, train_round
+from fedtune.training.local import Assignment, LocalResult, train_round
+from tests.support.ledgers import reserved
 from tests.support.tiny import bank_csv, question_jsonl, tiny_base
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class Bench:
         """Train one round from an adapter (the study's start) with its event reserved."""
         site = fields.pop("site", self.name)
         start = self.workspace.initial if adapter is None else adapter
-        assignment = Assignment(site, number, start, event_of_round(self.plan), **fields)
+        reservation = fields.pop("reservation", None) or reserved(self.plan, number)
+        assignment = Assignment(site, number, start, reservation, **fields)
         return train_round(self.plan, self.workspace, self.examples, assignment, self.layouts, self.units)
 
     def whole(self, result: LocalResult) -> AdapterState:

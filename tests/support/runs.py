@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.journal_lines import entries
 from tests.support.tiny import bank_csv, tiny_base
 
 ROOT = Path(__file__).parents[2]
@@ -129,11 +130,9 @@ def released(run: Path) -> dict[str, bytes]:
 
 
 def events(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return what each site's events file holds."""
-    return {
-        path.parent.name: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        for path in sorted((run / "sites").glob("*/events.jsonl"))
-    }
+    """Return what each site's journal has charged."""
+    journals = sorted((run / "sites").glob("*/*.journal"))
+    return {path.parent.name: entries(path, "reserve") for path in journals}
 
 
 def metric_lines(run: Path) -> list[dict[str, Any]]:

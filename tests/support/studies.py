@@ -17,13 +17,25 @@ from fedtune.config import machine as machine_facts
 from fedtune.config.compose import compose
 from fedtune.config.machine import Machine
 from fedtune.config.plan import PLAN_KEY, StudyPlan
+from fedtune.errors import FedtuneError
 from fedtune.evaluation.metrics import Confusion, Tally
+from fedtune.evaluation.site_metrics import Measured, UnitMeans
 from fedtune.flower.engine import run
-from fedtune.flower.messages import Description, Evaluation, Instruction, Update, decode_instruction, encode_reply
+from fedtune.flower.messages import (
+    Description,
+    Evaluation,
+    Instruction,
+    Update,
+    decode_instruction,
+    encode_reply,
+    refusal_of,
+)
+from fedtune.journal.witness import Head, require_extends
 from fedtune.model.layout import AdapterState
-from fedtune.privacy.accounting import Event
+from fedtune.privacy.accounting import Event, merge
 from fedtune.run.folder import RunFolder, create
 from fedtune.simulation.resolve import resolve
+from tests.support.journals import MemoryJournal
 
 Twist = Callable[[Update], RecordDict]
 _FIXED = [
@@ -52,7 +64,9 @@ class ScriptedSites:
     """Sites that return the adapter they were sent plus `shift(index)`, except where a twist says otherwise.
 
     `twists` maps (site, round) to what replaces the honest answer; a site is charged for a round whatever becomes of
-    its answer. `asked` records who was asked to train in which round.
+    its answer. `asked` records who was asked to train in which round, `measured` the rounds each site evaluated. Each
+    site keeps a journal in memory and, unless it is one of the `careless`, refuses an instruction whose receipt this
+    journal does not extend.
     """
 
     plan: StudyPlan
@@ -61,14 +75,17 @@ class ScriptedSites:
     names: Mapping[int, str] = field(default_factory=dict)
     asked: dict[int, list[str]] = field(default_factory=dict)
     trained: Counter[str] = field(default_factory=Counter)
+    measured: dict[str, list[int]] = field(default_factory=dict)
+    journals: dict[str, MemoryJournal] = field(default_factory=dict)
+    careless: set[str] = field(default_factory=set)
 
     @property
     def app(self) -> ClientApp:
         """The sites as one Flower application."""
         app = ClientApp()
-        app.query("describe")(self._describe)
-        app.train()(self._train)
-        app.evaluate()(self._evaluate)
+        app.query("describe")(self._careful(self._describe))
+        app.train()(self._careful(self._train))
+        app.evaluate()(self._careful(self._evaluate))
         return app
 
     def shift(self, name: str) -> np.float32:
@@ -77,36 +94,62 @@ class ScriptedSites:
 
     def events(self, name: str) -> tuple[Event, ...]:
         """Return what a site has spent."""
-        steps = self.trained[name] * self.plan.training.local_steps
-        return (self.plan.promise.event(steps),) if steps and self.plan.promise.mode == "dp" else ()
+        promise, steps = self.plan.promise, self.trained[name] * self.plan.training.local_steps
+        if promise.mode == "off":
+            return ()
+        evaluations = len(self.measured.get(name, [])) if promise.evaluations else 0
+        return merge([promise.event(steps), promise.evaluation_event(evaluations)])
 
     def _name(self, context: Context) -> str:
         index = int(context.node_config["partition-id"])
         return self.names.get(index, site_name(index))
 
-    def _describe(self, message: Message, context: Context) -> Message:
-        name = self._name(context)
-        described = Description(self.plan.sha256, name, self.units.get(name, 100), "d" * 64, self.events(name))
-        return Message(encode_reply(described), reply_to=message)
+    def journal(self, name: str) -> MemoryJournal:
+        """Return a site's journal."""
+        if name not in self.journals:
+            self.journals[name] = MemoryJournal.create(name)
+        return self.journals[name]
 
-    def _train(self, message: Message, context: Context) -> Message:
-        name, instruction = self._name(context), decode_instruction(message.content, self.plan.sha256)
+    def head(self, name: str) -> Head:
+        """Sign where a site's journal stands."""
+        return Head.of(self.journal(name))
+
+    def _careful(self, act: Callable[[str, Instruction], RecordDict]) -> Callable[[Message, Context], Message]:
+        """Let a site act only on an instruction whose receipt its journal extends."""
+
+        def answer(message: Message, context: Context) -> Message:
+            name, instruction = self._name(context), decode_instruction(message.content, self.plan.sha256)
+            try:
+                if instruction.receipt is not None and name not in self.careless:
+                    require_extends(self.journal(name), instruction.receipt)
+            except FedtuneError as error:
+                return Message(encode_reply(refusal_of(error)), reply_to=message)
+            return Message(act(name, instruction), reply_to=message)
+
+        return answer
+
+    def _describe(self, name: str, _instruction: Instruction) -> RecordDict:
+        units, events = self.units.get(name, 100), self.events(name)
+        return encode_reply(Description(self.plan.sha256, name, units, "d" * 64, events, self.head(name)))
+
+    def _train(self, name: str, instruction: Instruction) -> RecordDict:
         self.asked.setdefault(instruction.round, []).append(name)
         self.trained[name] += 1
-        update = self._honest(name, instruction)
-        twist = self.twists.get((name, instruction.round), encode_reply)
-        return Message(twist(update), reply_to=message)
+        self.journal(name).write()
+        return self.twists.get((name, instruction.round), encode_reply)(self._honest(name, instruction))
 
     def _honest(self, name: str, instruction: Instruction) -> Update:
         state = {key: array + self.shift(name) for key, array in instruction.adapter.items()}
-        return Update(self.plan.sha256, name, instruction.round, state, self.events(name))
+        return Update(self.plan.sha256, name, instruction.round, state, self.events(name), self.head(name))
 
-    def _evaluate(self, message: Message, context: Context) -> Message:
-        instruction = decode_instruction(message.content, self.plan.sha256)
+    def _evaluate(self, name: str, instruction: Instruction) -> RecordDict:
         classes = len(self.plan.task.labels)
-        tally = Tally(1.0, 2, 0, Confusion.of([0, 1], [0, 0], classes))
-        answer = Evaluation(self.plan.sha256, self._name(context), instruction.round, tally.to_arrays())
-        return Message(encode_reply(answer), reply_to=message)
+        self.measured.setdefault(name, []).append(instruction.round)
+        tally: Measured = Tally(1.0, 2, 0, Confusion.of([0, 1], [0, 0], classes))
+        if self.plan.evaluation.site_metrics != "clear":
+            tally = UnitMeans((0.5, 1.0), 20, (0.0, 0.0))
+        arrays, head = tally.to_arrays(), self.head(name)
+        return encode_reply(Evaluation(self.plan.sha256, name, instruction.round, arrays, head))
 
 
 @dataclass(frozen=True)

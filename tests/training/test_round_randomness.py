@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.errors import PrivacyError
+from fedtune.errors import LedgerError, PrivacyError
+from fedtune.journal.ledger import Reservation
 from fedtune.privacy.accounting import Event
 from fedtune.privacy.random import SeededSource
 from fedtune.training.local import Assignment, LocalResult, event_of_round, train_round
 from tests.support.bench import Bench, make_bench
+from tests.support.ledgers import charge_of, ledger
+from tests.support.ledgers import reserved as reserved_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -188,9 +191,25 @@ def test_control_without_dropout_two_secret_rounds_with_little_noise_agree(bench
 def test_a_round_is_not_trained_without_its_event_reserved(bench: MakeBench, reserved: Event | None) -> None:
     site = bench()
     assert reserved != event_of_round(site.plan)
+    with ledger() as open_ledger:
+        reservation = open_ledger.reserve(charge_of(site.plan, 1, reserved), ())
+    assert refused_passes(site, reservation) == []
+
+
+def test_a_reservation_serves_one_training_of_its_own_round(bench: MakeBench) -> None:
+    site = bench()
+    other_round = reserved_for(site.plan, 2)
+    assert refused_passes(site, other_round) == []
+    used = reserved_for(site.plan, 1)
+    site.round(reservation=used)
+    assert refused_passes(site, used) == []
+
+
+def refused_passes(site: Bench, reservation: Reservation) -> list[int]:
+    """Return the forward passes of a training that must be refused."""
     sizes, handle = forward_passes(site)
-    assignment = Assignment(site.name, 1, site.workspace.initial, reserved)
-    with pytest.raises(PrivacyError, match=r"privacy\.unreserved"):
+    assignment = Assignment(site.name, 1, site.workspace.initial, reservation)
+    with pytest.raises(LedgerError, match=r"ledger\.not-reserved"):
         train_round(site.plan, site.workspace, site.examples, assignment, site.layouts)
     handle.remove()
-    assert sizes == []
+    return sizes
