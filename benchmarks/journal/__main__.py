@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         result = {
             "machine": facts,
             "charges": charging.measured(Path(folder), options.turns, options.batch),
+            "composed_s": charging.composing(Path(folder), options.turns),
             "reading": reading.measured(Path(folder), options.records),
         }
     print(json.dumps(result) if options.format == "json" else report.render(result), flush=True)

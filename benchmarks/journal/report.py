@@ -7,19 +7,20 @@ from typing import Any
 
 def render(result: dict[str, Any]) -> str:
     """Return the tables."""
-    return "\n".join([_machine(result["machine"]), "", *_charges(result["charges"]), "", *_reading(result["reading"])])
+    return "\n".join([_machine(result["machine"]), "", *_charges(result), "", *_reading(result["reading"])])
 
 
 def _machine(machine: dict[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in machine.items())
 
 
-def _charges(charges: dict[str, dict[str, float]]) -> list[str]:
+def _charges(result: dict[str, Any]) -> list[str]:
     lines = ["| on disk before it returns | a second (quartiles) | ms |", "| --- | ---: | ---: |"]
-    for name, rate in charges.items():
+    for name, rate in result["charges"].items():
         quartiles = f"{rate['low']:,.0f}-{rate['high']:,.0f}"
         lines.append(f"| {name} | {rate['median']:,.0f} ({quartiles}) | {1e3 / rate['median']:.3f} |")
-    return lines
+    composed = result["composed_s"]
+    return [*lines, f"| fedtune: RESERVE, its ε composed | {1 / composed:,.0f} | {1e3 * composed:.1f} |"]
 
 
 def _reading(reading: dict[str, Any]) -> list[str]:

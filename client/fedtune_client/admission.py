@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from fedtune.config.plan import StudyPlan
+from fedtune.data.units import RECORD
 from fedtune.errors import ConsentError, FedtuneError, PolicyError, PrivacyError
 from fedtune.journal.ledger import Cap, Ledger
 from fedtune.journal.spending import Spent
@@ -73,7 +74,8 @@ def permit(plan: StudyPlan, policy: Policy, state: SiteState, now: datetime) -> 
     """Return what a round of a plan may use now.
 
     Errors: `consent.unknown-data` when no data set of that name is registered, `consent.not-granted` without a grant in
-    force for the plan's purpose, `policy.unknown-data` when the policy does not name it.
+    force for the plan's purpose, `consent.other-unit` when the data set's people are not known by the plan's unit, so
+    that nobody knows with which other data sets it shares them; `policy.unknown-data` when the policy does not name it.
     """
     data = state.spending.latest(plan.data.name)
     if data is None:
@@ -88,6 +90,13 @@ def permit(plan: StudyPlan, policy: Policy, state: SiteState, now: datetime) -> 
             "not-granted",
             f"no grant in force lets {plan.data.name}, as it is registered, serve the purpose {plan.purpose}",
             hint=f"fedtune client consent list; fedtune client consent grant {plan.data.name} --purpose {plan.purpose}",
+        )
+    known = state.spending.data[data].unit
+    if plan.promise.unit not in {RECORD, known}:
+        raise ConsentError(
+            "other-unit",
+            f"{plan.data.name} is registered by its {known}, and the plan is about {plan.promise.unit}",
+            hint=f"name that unit first in policy.yaml, adopt it, then: fedtune client consent grant {plan.data.name}",
         )
     return Permit(data, grant, caps(plan, policy, grant, state.grants[grant].epsilon))
 

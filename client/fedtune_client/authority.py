@@ -131,17 +131,17 @@ class Authority:
         return payload
 
     def witness(self, receipt: Receipt | None) -> None:
-        """Refuse to go on when the journal does not extend a receipt; keep a new one.
+        """Refuse to go on when the journal does not extend a receipt; keep one that witnesses anything new.
 
-        Errors: `journal.rolled-back`, `journal.other-site`, `journal.forged-head`.
+        The receipt of nothing but an earlier receipt is no news. Errors: `journal.rolled-back`, `journal.other-site`, `journal.forged-head`.
         """
         if receipt is None:
             return
         with self.journal:
             require_extends(self.journal, receipt)
-            known = self.journal.state.witnessed
-            if known is None or known.sequence < receipt.head.sequence:
-                append_line(self._heads_file, json.dumps(receipt.to_dict(), sort_keys=True))
+            state = self.journal.state
+            if state.witnessed is None or state.witnessed.sequence < min(receipt.head.sequence, state.newest):
+                append_line(self._heads_file, json.dumps(receipt.to_dict(), sort_keys=True), durable=False)
                 self.journal.append(receipt.entry())
 
     def head(self) -> Head:

@@ -36,7 +36,7 @@ ENVIRONMENT_VARIABLE = "FEDTUNE_SITE"
 PSEUDONYMS = "pseudonym-key"
 _FACTS = """\
 # Facts of this machine. A plan names a data set; only this file says which file that is.
-name: {name}
+name: "{name}"
 data:
   # claims:
   #   path: claims.csv   # starts at this folder

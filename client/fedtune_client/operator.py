@@ -135,10 +135,17 @@ def _allowed(site: OpenSite, name: str, purpose: str, epsilon: float | None) -> 
 
 
 def _registered(site: OpenSite, entry: DataRegistered) -> int:
-    """Return the registration of this content under this name, added if it is not there."""
+    """Return the registration of this content and its people under this name, added if it is not there.
+
+    A policy that names another unit since identifies other people in the same content, and so is another registration.
+    """
     spending = site.journal.state.spending
     latest = spending.latest(entry.name)
-    if latest is not None and spending.data[latest].fingerprint == entry.fingerprint:
+    if latest is not None and _same(spending.data[latest], entry):
         return latest
     (record,) = site.journal.append(entry)
     return record.sequence
+
+
+def _same(known: DataRegistered, entry: DataRegistered) -> bool:
+    return (known.fingerprint, known.unit, known.population) == (entry.fingerprint, entry.unit, entry.population)

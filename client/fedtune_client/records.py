@@ -128,9 +128,9 @@ def _used(table: Table, plan: StudyPlan) -> Table:
 
 def _require_enough(units: Units, data: DataPolicy) -> None:
     """Refuse records of too few units for one to disappear among them; admission knew those of the whole file only."""
-    found = public_count(units.count)
-    if found < data.min_units:
-        text = f"of the units that may take part {found} are left, the site's policy wants {data.min_units}"
+    found, wanted = public_count(units.count), max(1, data.min_units)
+    if found < wanted:
+        text = f"of the units that may take part {found} are left, and at least {wanted} are wanted"
         raise PolicyError("few-units", text, hint="min_units in policy.yaml")
 
 

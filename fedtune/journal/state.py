@@ -19,9 +19,13 @@ from fedtune.journal.spending import Spending
 
 @dataclass(slots=True)
 class SiteState:
-    """Views of one journal; keys are sequence numbers of records, or hashes of plans."""
+    """Views of one journal; keys are sequence numbers of records, or hashes of plans.
+
+    `newest` is the last record that says more than that an earlier one was witnessed.
+    """
 
     site: str = ""
+    newest: int = 0
     policy: e.PolicyAdopted | None = None
     grants: dict[int, e.ConsentGiven] = field(default_factory=dict)
     revoked: dict[int, e.ConsentRevoked] = field(default_factory=dict)
@@ -41,6 +45,8 @@ class SiteState:
         Error: `journal.inconsistent` for a record that speaks of another that is not there.
         """
         _APPLY[type(record.entry)](self, record.sequence, record.entry)
+        if not isinstance(record.entry, e.HeadWitnessed):
+            self.newest = record.sequence
 
     def grant_in_force(self, data: int, purpose: str, now: datetime) -> int | None:
         """Return the newest grant of a registration for a purpose that is neither revoked nor expired."""

@@ -42,6 +42,9 @@ def test_a_file_of_ones_own_needs_no_registration(study: Study) -> None:
         "adapter",
         "checkpoints",
         "sites",
+        "heads",
+        "heads.jsonl",
+        "coordinator.key",
     }
     assert re.fullmatch(r"study/\d{8}-\d{6}(-\d+)?", str(run.relative_to(study.runs)))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import dp_accounting
 import pytest
 
 from fedtune.config.compose import compose
@@ -63,6 +65,32 @@ def test_what_is_counted_is_patients(study: Study, records: Path) -> None:
     promise = resolved.plan.promise
     event = Event(promise.noise_multiplier, 0.5, 2, 1.0, unit="patient_id")
     assert summary["privacy"]["max_epsilon"] == pytest.approx(epsilon([event], promise.delta))
+
+
+def test_giving_the_same_records_to_fewer_patients_changes_epsilon_as_theory_says(study: Study, tmp_path: Path) -> None:
+    """ε of a unit does not know how many records it has; δ = 1/N^1.1 knows how many units there are, and ε follows."""
+    promises = []
+    for patients in (120, 40, 12):
+        file = tmp_path / f"{patients}.csv"
+        cells = (
+            f"my {word} {row},{word},{row % patients}" for row in range(120) for word in [["card", "cash"][row % 2]]
+        )
+        file.write_text("\n".join(["text,category,patient_id", *cells]))
+        kept = ["privacy.noise_multiplier=1.0", "federation.sites=1", "data.holdout=0"]
+        promises.append(resolve(compose(words(study, file, *kept))).plan.promise)
+    for promise, patients in zip(promises, (120, 40, 12), strict=True):
+        assert promise.delta == pytest.approx(patients**-1.1)
+        assert promise.epsilon == pytest.approx(epsilon([Event(1.0, 0.5, 2, 1.0)], patients**-1.1))
+    assert promises[0].epsilon > promises[1].epsilon > promises[2].epsilon > 0
+    fixed = [replace(promise, delta=1e-5).forecast() for promise in promises]
+    assert fixed[0] == fixed[1] == fixed[2]
+
+
+def test_control_with_records_as_units_a_patients_epsilon_grows_with_its_records() -> None:
+    """k records of one patient move a sum by k C: at rate 1 that is the Gaussian mechanism with noise σ/k."""
+    patient = [dp_accounting.get_epsilon_gaussian(4.0 / k, 1e-5) for k in (1, 2, 8)]
+    assert patient[0] == pytest.approx(epsilon([Event(4.0, 1.0, 1, 1.0, unit="patient_id")], 1e-5))
+    assert patient[2] > 4 * patient[1] / 2 > 4 * patient[0] / 2
 
 
 @pytest.mark.parametrize("scheme", ["iid", "dirichlet", "quantity"])

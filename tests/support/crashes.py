@@ -31,6 +31,7 @@ from fedtune.journal.ledger import Ledger
 from fedtune.simulation.workspace import open_workspace
 from fedtune_client.authority import Authority
 from fedtune_client.updates import Payload, digest
+from fedtune_client.vault import Vault
 from tests.support import processes
 from tests.support.bench import Bench
 from tests.support.sites import RealSite, Study, content_of
@@ -59,12 +60,16 @@ Tell = Callable[..., None]
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """Rounds that a client answers in turn, and the step of the last of them at which it stops ("" for none)."""
+    """Rounds that a client answers in turn, and the step of the last of them at which it stops ("" for none).
+
+    A `fault` is one of `FAULTS`: a client that is wrong, for tests of the tests.
+    """
 
     site: Path
     rounds: tuple[int, ...]
     step: str
     story: Path
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +176,7 @@ def _client(script: Script, study: Study) -> None:
 
     try:
         _tell_and_stop(tell, stop)
+        FAULTS.get(script.fault, lambda: None)()
         for number in script.rounds:
             now["round"] = number
             _answer(RealSite(script.site, study), number, tell, stop)
@@ -221,6 +227,23 @@ def _around(
         return found
 
     setattr(owner, name, wrapper)
+
+
+def _forget_reserve() -> None:
+    name = "_write"
+    write = getattr(Journal, name)
+    setattr(Journal, name, lambda journal, data: None if b'"kind":"reserve"' in data else write(journal, data))
+
+
+def _forget_updates() -> None:
+    name = "has"
+    setattr(Vault, name, lambda *_: False)
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "no RESERVE on disk": _forget_reserve,
+    "no update in the vault": _forget_updates,
+}
 
 
 def _write_in_halves(stop: Stop) -> None:

@@ -109,10 +109,11 @@ def export(
     It tells purposes, data sets' names, rounded counts and ε to whoever has it.
     """
     quiet_libraries(verbose=verbose)
-    seen = viewed(site)
     if file.exists():
         raise JournalError("exists", f"{file} is there already", hint="export to another path")
-    contents = _contents(seen)
+    receipts = _receipts(folder_of(site).heads_file)  # before the journal: a later one may be for a later record
+    seen = viewed(site)
+    contents = _contents(seen, receipts)
     with site_disk(file):
         _write_archive(file, contents, seen) if file.name.endswith(archives) else _write_folder(file, contents)
     document = {"path": str(file), "files": sorted(contents), "records": seen.chain.length, "head": seen.chain.digest}
@@ -155,24 +156,27 @@ def _require_kind(kind: str | None) -> None:
         raise JournalError("no-kind", f"no record is of the kind {kind[:40]!r}", hint=hint)
 
 
-def _contents(seen: "SiteView") -> dict[str, bytes]:
-    """Return the files of an export: whole records alone, and the key that is in force."""
-    from fedtune.run.files import read_lines
+def _receipts(path: Path) -> bytes:
+    """Return the whole lines of the site's receipts."""
+    data = path.read_bytes() if path.exists() else b""
+    return data[: data.rfind(b"\n") + 1]
 
+
+def _contents(seen: "SiteView", receipts: bytes) -> dict[str, bytes]:
+    """Return the files of an export: whole records alone, and the key that is in force."""
     name = f"{seen.state.site}.journal"
     with seen.path.open("rb") as file:
         found = {name: file.read(seen.size), "public.key": f"{seen.chain.public_key}\n".encode()}
-    witnessed = bool(read_lines(seen.folder.heads_file))
-    if witnessed:
-        found["heads.jsonl"] = seen.folder.heads_file.read_bytes()
+    if receipts:
+        found["heads.jsonl"] = receipts
     text = readme.format(
         site=seen.state.site,
         underline="=" * len(f"The journal of the site {seen.state.site}"),
         journal=name,
         records=seen.chain.length,
         time=seen.chain.time,
-        heads=heads if witnessed else no_heads,
-        witness=" --witness heads.jsonl" if witnessed else "",
+        heads=heads if receipts else no_heads,
+        witness=" --witness heads.jsonl" if receipts else "",
     )
     return found | {"README.txt": text.encode()}
 

@@ -133,3 +133,22 @@ def test_a_vault_whose_key_is_another_answers_nothing(site: RealSite, monkeypatc
     monkeypatch.setattr("tests.support.sites.SERVICE_KEY", bytes(32).hex())
     assert site.restart().refusal(1) == "vault.wrong-key"
     assert site.charged == 1
+
+
+def test_a_round_that_ended_before_its_commit_starts_again_from_where_it_started(
+    make_a_site: MakeSite, make_other_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimiser's state is on disk already, and is that of no round."""
+    keys = {"training__optimizer": "adamw", "training__optimizer_state": "keep", "training__learning_rate": 0.01}
+    site = make_a_site(study=make_other_study(federation__rounds=4, **keys))
+    site.update(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "commit", None)
+        assert site.refusal(2) == "site.internal"
+    second = content_of(site.restart().ask(number=2).content)
+    starts = [entry["input"] for entry in site.entries("reserve")]
+    assert len(starts) == 3
+    assert starts[1] == starts[2] != starts[0]
+    site.update(3)
+    assert content_of(site.restart().ask(number=2).content) == second
+    assert site.charged == 4

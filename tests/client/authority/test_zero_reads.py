@@ -49,7 +49,7 @@ def expired_and_the_clock_set_back(site: RealSite) -> None:
 REFUSALS: dict[str, tuple[str, Change]] = {
     "outside the policy": ("policy.rounds", lambda site: site.adopt(training__max_rounds=1)),
     "not approved": ("policy.not-approved", lambda site: site.adopt(require_approval=True)),
-    "another purpose": ("policy.refused", lambda site: site.adopt(data__claims__purposes=["care"])),
+    "another purpose": ("policy.purpose", lambda site: site.adopt(data__claims__purposes=["care"])),
     "secure aggregation wanted": (
         "policy.secure-aggregation",
         lambda site: site.adopt(federation__require_secure_aggregation=True),

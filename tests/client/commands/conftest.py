@@ -77,7 +77,9 @@ class Place:
     def policy(self, **changes: Any) -> None:
         """Write policy.yaml: what the plan asks for, and `changes`."""
         tree = placed(policy_tree(), {"data.claims.lifetime_epsilon": 8.0, **_dotted(changes)})
-        (self.site / "policy.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        (self.site / "policy.yaml").write_text(
+            yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False), encoding="utf-8"
+        )
 
     def write_plan(self, plan: StudyPlan, name: str = "plan.json") -> Path:
         path = self.folder / name
