@@ -5,7 +5,7 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench bench-dp clean
+.PHONY: help demo test test-slow lint format bench bench-dp bench-journal clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ bench: $(VENV)/.bench  ## Run the simulation benchmark against Flower's Ray engi
 
 bench-dp: $(VENV)/.dev  ## Run the benchmark of the private step against PEFT, Opacus and functorch
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.dp_step
+
+bench-journal: $(VENV)/.dev  ## Run the benchmark of the journal against SQLite and a plain file
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.journal
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -133,7 +133,8 @@ class Authority:
     def witness(self, receipt: Receipt | None) -> None:
         """Refuse to go on when the journal does not extend a receipt; keep one that witnesses anything new.
 
-        The receipt of nothing but an earlier receipt is no news. Errors: `journal.rolled-back`, `journal.other-site`, `journal.forged-head`.
+        The receipt of nothing but an earlier receipt is no news. Errors: `journal.rolled-back`, `journal.other-site`,
+        `journal.forged-head`.
         """
         if receipt is None:
             return

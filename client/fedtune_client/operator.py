@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from fedtune.config.plan import StudyPlan
+from fedtune.data.opt_in import allowed_rows
 from fedtune.errors import ConsentError, PolicyError
 from fedtune.journal.chain import moment, public_hex, rotation_statement
 from fedtune.journal.entries import (
@@ -25,6 +26,7 @@ from fedtune_client.facts import open_table
 from fedtune_client.folder import OpenSite
 from fedtune_client.policy.schema import DataPolicy, Policy
 from fedtune_client.populations import register
+from fedtune_client.records import rule_of
 from fedtune_client.vault import add_signing_key, signing_key
 
 
@@ -49,13 +51,17 @@ def grant(site: OpenSite, name: str, purpose: str, epsilon: float | None, expire
     """Register what a data set holds now, let it serve a purpose up to an ε until a moment; return the grant's number.
 
     Errors: `policy.not-adopted`; `consent.outside-policy` for a data set or purpose that the policy does not name, or
-    an ε above its lifetime cap; `consent.expired` for a moment that has passed; those of reading the data.
+    an ε above its lifetime cap; `consent.expired` for a moment that has passed; those of reading the data and of its
+    consent rule, which must be one that can be applied.
     """
     allowed = _allowed(site, name, purpose, epsilon)
     now = datetime.now(UTC)
     if expires is not None and expires <= now:
         raise ConsentError("expired", f"a grant until {moment(expires)} is over already", hint="name a later moment")
     table = open_table(site.facts, name).table
+    rule = rule_of(allowed, site.folder.path)
+    if rule is not None:
+        allowed_rows(table, rule)
     with site.journal as journal:
         known = dict(journal.state.spending.data)
     entry = register(site.folder.populations, table, name, unit_of(allowed), site.pseudonym_key, known)

@@ -59,19 +59,29 @@ class Cap:
 class Reservation:
     """Proof that a charge is on disk; `begin` gives it up to one training."""
 
-    __slots__ = ("_begun", "charge", "sequence")
+    __slots__ = ("_begun", "_charge", "_sequence")
 
     def __init__(self, seal: object, charge: Charge, sequence: int) -> None:
         if seal is not _SEAL:
             raise TypeError("only the ledger makes reservations")
-        self.charge, self.sequence, self._begun = charge, sequence, False
+        self._charge, self._sequence, self._begun = charge, sequence, False
+
+    @property
+    def charge(self) -> Charge:
+        """What is on disk."""
+        return self._charge
+
+    @property
+    def sequence(self) -> int:
+        """The number of its record."""
+        return self._sequence
 
     def begin(self, plan: str, number: int, event: Event | None) -> None:
         """Give the reservation up to the training of this round with this event, once.
 
         Error: `ledger.not-reserved` for a second training, or for anything but what was reserved.
         """
-        charged = self.charge
+        charged = self._charge
         if self._begun or (charged.plan, charged.round, charged.event) != (plan, number, event):
             raise LedgerError("not-reserved", f"round {number} would spend what the ledger has not reserved for it")
         self._begun = True
