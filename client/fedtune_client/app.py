@@ -32,7 +32,7 @@ from fedtune.simulation.sites import SiteData
 from fedtune.training.evaluate import HeldOut, measure
 from fedtune.training.local import Assignment, event_of_round, train_round
 from fedtune_client.authority import Round
-from fedtune_client.site import Site, open_site
+from fedtune_client.site import Site, open_site, plan_of
 from fedtune_client.updates import Payload, digest_of
 
 app = ClientApp()
@@ -69,10 +69,9 @@ def evaluate_adapter(message: Message, context: Context) -> Message:
 
 def _answer(message: Message, context: Context, act: Callable[[Site, Instruction], Answer]) -> Message:
     try:
-        site = open_site(context)
-        instruction = decode_instruction(message.content, site.plan.sha256)
-        site.authority.witness(instruction.receipt)
-        reply = act(site, instruction)
+        plan = plan_of(context)
+        instruction = decode_instruction(message.content, plan.sha256)
+        reply = act(open_site(context, plan, instruction.receipt), instruction)
     except Exception as error:
         logger.debug("the site refuses a message", exc_info=True)
         reply = refusal_of(error)

@@ -17,6 +17,7 @@ from flwr.app import Context
 from fedtune.config.machine import Machine, current
 from fedtune.config.plan import PLAN_KEY, StudyPlan
 from fedtune.errors import MessageError
+from fedtune.journal.witness import Receipt
 from fedtune.model.workspace import Workspace
 from fedtune.privacy.plan import public_count
 from fedtune.simulation.sites import SiteData, dealt
@@ -52,30 +53,39 @@ class Site:
         return public_count(self.data.units.count)
 
 
-def open_site(context: Context) -> Site:
-    """Open the site that a context belongs to; one that does not take part in the plan is not opened."""
-    plan = _read_once(str(context.run_config.get(PLAN_KEY, "")))
+def plan_of(context: Context) -> StudyPlan:
+    """Read the plan that a context carries."""
+    return _read_once(str(context.run_config.get(PLAN_KEY, "")))
+
+
+def open_site(context: Context, plan: StudyPlan, receipt: Receipt | None) -> Site:
+    """Open the site that a context belongs to; one that does not take part in the plan is not opened.
+
+    A journal that does not extend the coordinator's receipt is refused before anything is written to it.
+    """
     machine = current()
     folder = os.environ.get(ENVIRONMENT_VARIABLE)
     if folder:
-        return _real_site(plan, machine, SiteFolder(Path(folder)))
+        return _real_site(plan, machine, SiteFolder(Path(folder)), receipt)
     index = context.node_config.get("partition-id")
     if not isinstance(index, int):
         raise MessageError("no-site", "the node has no partition-id", hint="start it with fedtune simulate")
-    return _simulated_site(plan, machine, index)
+    return _simulated_site(plan, machine, index, receipt)
 
 
-def _simulated_site(plan: StudyPlan, machine: Machine, index: int) -> Site:
+def _simulated_site(plan: StudyPlan, machine: Machine, index: int, receipt: Receipt | None) -> Site:
     workspace = open_workspace(plan, machine)
     data = dealt(plan.json_text, machine, workspace.tokenizer).site(index)
     folder = machine.run / "sites" / data.name
     authority = open_simulated(folder, plan, data)
+    authority.witness(receipt)
     authority.admit(plan)
     return Site(plan, data.name, workspace, authority, OptimizerMemory(folder), lambda: data)
 
 
-def _real_site(plan: StudyPlan, machine: Machine, folder: SiteFolder) -> Site:
+def _real_site(plan: StudyPlan, machine: Machine, folder: SiteFolder, receipt: Receipt | None) -> Site:
     name, authority, records = _opened(folder, os.getpid())
+    authority.witness(receipt)
     authority.permit(plan)
     workspace = open_workspace(plan, machine)
     load = partial(_permitted, plan, authority, records, workspace)

@@ -129,6 +129,7 @@ def test_a_journal_put_back_with_its_heads_is_refused_by_the_coordinators_receip
     put_back.restore(put_back.site.journal, put_back.site.folder.heads_file)
     assert put_back.site.refusal(3, receipt=put_back.receipt) == "journal.rolled-back"
     assert put_back.site.charged == 1
+    assert put_back.site.journal.read_bytes() == put_back.copies[put_back.site.journal]
 
 
 def test_control_without_any_receipt_a_journal_put_back_forgets_what_was_spent(put_back: PutBack) -> None:
