@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fedtune.data.templates import Example
+from fedtune.errors import ConsentError
 from fedtune_client import operator
 from tests.client.authority.conftest import MakeSite, MakeStudy
 from tests.support.sites import RealSite, content_of
@@ -237,9 +238,12 @@ def test_a_list_that_is_missing_allows_nobody(planted: RealSite, seen: Seen, rul
 
 
 def test_a_rule_about_a_column_that_is_not_there_allows_nobody(planted: RealSite, seen: Seen) -> None:
-    planted.adopt(data__claims__consent={"opt_in": {"column": "agreement", "values": ["yes"]}})
+    planted.adopt(data__claims__consent=IN_LIST)
     planted.grant()
+    planted.adopt(data__claims__consent={"opt_in": {"column": "agreement", "values": ["yes"]}})
     assert planted.refusal(1) == "consent.missing-column"
+    with pytest.raises(ConsentError, match=r"consent\.missing-column"):
+        planted.grant()
     assert seen.take() == ""
 
 

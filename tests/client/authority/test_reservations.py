@@ -136,7 +136,9 @@ def test_a_forgery_with_a_charge_can_neither_be_committed_nor_sent(site: RealSit
     """Code in the client's own process can do anything; what it trained still has no way out through the authority."""
     real = reserved(authority, site.study.bench)
     fake = forged()
-    fake.charge, fake.sequence, fake._begun = real.charge, real.sequence + 40, False
+    with pytest.raises(AttributeError):
+        fake.charge = real.charge  # type: ignore[misc] - its attributes are read-only
+    fake._charge, fake._sequence, fake._begun = real.charge, real.sequence + 40, False
     with pytest.raises((JournalError, KeyError)):
         authority.commit(fake, b"an update")
     assert site.entries("commit", "update-sent") == []
