@@ -160,11 +160,12 @@ class Sent(Entry):
 
 
 class HeadWitnessed(Entry):
-    """A coordinator has countersigned the record at `sequence`."""
+    """A coordinator has countersigned the record at `sequence`; all of its receipt, so that anybody can check it."""
 
     kind = "head-witnessed"
     sequence: Sequence
     digest: Hash
+    head_signature: Signature
     witness: Hash
     signature: Signature
 

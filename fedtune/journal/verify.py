@@ -26,6 +26,7 @@ from fedtune.journal.entries import HeadWitnessed, KeyRotated
 from fedtune.journal.receipts import Comparison, compare, read_receipts, size_of
 from fedtune.journal.slim import slim_state
 from fedtune.journal.state import SiteState
+from fedtune.journal.witness import Head, Receipt
 
 Outcome = Literal["intact", "torn", "tampered", "rolled-back"]
 LONGEST = 1 << 24  # bytes of a line; a policy, the longest thing a record says, is far below it
@@ -165,12 +166,19 @@ class _Scan:
             self.judgement = "torn", f"record {record.sequence} lacks its line end, which opening the journal adds"
 
     def _require_own_head(self, record: Record) -> None:
-        """Refuse a witnessed head that is not this history's: it was copied from another."""
+        """Refuse a witnessed head that is not this history's, or that nobody has countersigned."""
         entry = record.entry
-        if isinstance(entry, HeadWitnessed):
-            digest = bytes(self.digests[32 * entry.sequence : 32 * entry.sequence + 32])
-            if digest.hex() != entry.digest:
-                raise tampered(record.sequence, f"it says that another record {entry.sequence} was witnessed")
+        if not isinstance(entry, HeadWitnessed):
+            return
+        digest = bytes(self.digests[32 * entry.sequence : 32 * entry.sequence + 32])
+        if digest.hex() != entry.digest:
+            raise tampered(record.sequence, f"it says that another record {entry.sequence} was witnessed")
+        key = next(key.public_key for key in reversed(self.keys) if key.since <= entry.sequence + 1)
+        head = Head(self.chain.site, entry.sequence, entry.digest, key, entry.head_signature)
+        try:
+            Receipt(head, entry.witness, entry.signature).check()
+        except JournalError as error:
+            raise tampered(record.sequence, "the head that it holds was not countersigned") from error
 
     def _refuse(self, number: int, reason: str) -> None:
         self.bad, self.judgement = number, ("tampered", reason)

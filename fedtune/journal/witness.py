@@ -96,7 +96,13 @@ class Receipt:
     def entry(self) -> HeadWitnessed:
         """Return what the site writes down about it."""
         head = self.head
-        return HeadWitnessed(sequence=head.sequence, digest=head.digest, witness=self.witness, signature=self.signature)
+        return HeadWitnessed(
+            sequence=head.sequence,
+            digest=head.digest,
+            head_signature=head.signature,
+            witness=self.witness,
+            signature=self.signature,
+        )
 
 
 def require_extends(journal: Journal, receipt: Receipt) -> None:

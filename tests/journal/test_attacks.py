@@ -325,6 +325,9 @@ def test_a_signed_record_that_contradicts_the_others_is_found(site: Site, lines:
         [data("more"), reserve.model_copy(update={"data": 12})],  # under the grant of other data
         [revoke, reserve],  # a round after consent was withdrawn
         [witnessed.model_copy(update={"digest": "a" * 64})],
+        [witnessed.model_copy(update={"witness": site.public})],  # that nobody has countersigned
+        [witnessed.model_copy(update={"signature": "0" * 128})],
+        [witnessed.model_copy(update={"head_signature": "0" * 128})],
         [e.SiteCreated(site="again", public_key=site.public)],
     ]
     for entries in attacks:
