@@ -114,6 +114,30 @@ class WitnessError(FedtuneError):
     area = "witness"
 
 
+class EnvelopeError(FedtuneError):
+    """A message is not signed by whom it should be, or not meant for here and now; it is not read."""
+
+    area = "envelope"
+
+
+class TransportError(FedtuneError):
+    """Two processes of a federation cannot talk to each other, or may not."""
+
+    area = "transport"
+
+
+class BundleError(FedtuneError):
+    """A study's bundle holds anything else than a plan; nothing of it is used."""
+
+    area = "bundle"
+
+
+class EnrolmentError(FedtuneError):
+    """A paper of enrolment, a certificate or the record of who takes part cannot be used."""
+
+    area = "enrolment"
+
+
 class FederationError(FedtuneError):
     """The federation could not finish a round: no quorum, no site, an unknown backend."""
 

@@ -6,7 +6,6 @@ Both take the study plan as one string in the run configuration, as a real feder
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import threading
@@ -20,6 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedtune.errors import ConfigError, FederationError
+from fedtune.flower.bundle import toml_string
 from fedtune.flower.grid import InProcessGrid
 
 BACKENDS = ("inprocess", "ray")
@@ -124,5 +124,5 @@ def _set_task_identity(run_id: int) -> None:
 
 def _write_app(folder: Path, run_config: Mapping[str, str]) -> None:
     """Write the one file from which Flower's engine takes the sites' run configuration: data, no code."""
-    entries = "\n".join(f"{key} = {json.dumps(value)}" for key, value in run_config.items())
+    entries = "\n".join(f"{key} = {toml_string(value)}" for key, value in run_config.items())
     (folder / "pyproject.toml").write_text(_APP.format(entries=entries), encoding="utf-8")

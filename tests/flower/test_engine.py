@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,10 +10,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.errors import ConfigError
-from fedtune.flower.engine import check_backend, run
+from fedtune.flower.engine import _write_app, check_backend, run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 
 def test_an_unknown_backend_is_refused_with_those_there_are() -> None:
@@ -62,3 +64,10 @@ def test_an_error_of_the_coordinator_is_not_swallowed() -> None:
 
     with pytest.raises(ConfigError, match="bad-plan"):
         run("inprocess", server, ClientApp(), 1, {})
+
+
+def test_a_plan_of_any_characters_reaches_the_sites_of_the_ray_engine_unchanged(tmp_path: Path) -> None:
+    plan = '{"name":"é 😀 \\u0000 \x7f \\\\ \'\'\' \\""}'
+    _write_app(tmp_path, {"plan": plan})
+    written = tomllib.loads((tmp_path / "pyproject.toml").read_text("utf-8"))
+    assert written["tool"]["flwr"]["app"]["config"] == {"plan": plan}
