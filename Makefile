@@ -1,6 +1,7 @@
 # `make help` lists what there is. Needs Python 3.11-3.13; PYTHON=python3.12 chooses one.
 PYTHON ?= python3
 VENV   ?= .venv
+WORKERS ?= 2
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN    := $(VENV)/bin
 
@@ -14,10 +15,10 @@ demo: $(VENV)/.demo  ## Make the environment and fine-tune one model across six 
 	HF_HUB_OFFLINE=1 $(BIN)/fedtune simulate
 
 test: $(VENV)/.dev  ## Run the fast tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.dev  ## Run every test, the slow ones too
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow or not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow or not slow"
 
 lint: $(VENV)/.dev  ## Check style, types and layers
 	$(BIN)/ruff check .

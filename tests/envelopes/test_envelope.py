@@ -146,7 +146,7 @@ def test_every_bit_of_the_signature_counts() -> None:
         assert refused(lambda forged=forged: verify(forged, PEERS)) == "envelope.forged"
 
 
-@pytest.mark.parametrize("signature", [b"", bytes(64), GOOD.signature + b"\0", GOOD.signature[:-1]])
+@pytest.mark.parametrize("signature", [b"", bytes(64), GOOD.signature + b"\0", GOOD.signature[:-1]], ids=len)
 def test_a_signature_of_another_length_is_none(signature: bytes) -> None:
     assert refused(lambda: verify(Envelope(GOOD.raw, signature), PEERS)) == "envelope.forged"
 
