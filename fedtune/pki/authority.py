@@ -137,7 +137,7 @@ class Authority:
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             hint = "give the passphrase or the key file that the federation was made with"
             raise EnrolmentError("wrong-secret", f"{path} does not open with it", hint=hint) from error
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or _public(key) != certificate.public_key():
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
             raise _damaged(path)
         certificates.check_signed(certificate, certificate)
         spelled = certificates.pem(certificate).encode()
@@ -177,11 +177,6 @@ def _parts(path: Path) -> tuple[x509.Certificate, bytes]:
         return certificates.read_pem(raw[:end].decode()), raw[end:]
     except (UnicodeDecodeError, EnrolmentError) as error:
         raise _damaged(path) from error
-
-
-def _public(key: ec.EllipticCurvePrivateKey) -> ec.EllipticCurvePublicKey:
-    """Compute the public half: the one that is stored beside the private one is only a claim."""
-    return ec.derive_private_key(key.private_numbers().private_value, key.curve).public_key()
 
 
 def _damaged(path: Path) -> EnrolmentError:

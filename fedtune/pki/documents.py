@@ -9,6 +9,7 @@ BODY is believed, and what is not exactly the bytes that `write` makes is refuse
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Final, TypeVar
@@ -24,6 +25,7 @@ from fedtune.journal.chain import moment
 
 VERSION: Final = 1
 MOST_BYTES: Final = 1 << 17  # a request with a hundred key rotations has 60 kB
+_SIGNATURE = re.compile(r"[0-9a-f]{128}")
 _FIELDS = {"body", "kind", "signature", "version"}
 Sign = Callable[[bytes], str]  # a statement to the hexadecimal digits of its Ed25519 signature
 
@@ -87,8 +89,8 @@ def read(model: type[D], raw: bytes, signer: str | Callable[[dict[str, Any]], st
 
 def is_signed(public_key: object, statement: bytes, signature: object) -> bool:
     """Whether an Ed25519 signature in lower-case hexadecimal digits is this key's over a statement."""
-    if not (isinstance(public_key, str) and isinstance(signature, str) and signature == signature.lower()):
-        return False
+    if not (isinstance(public_key, str) and isinstance(signature, str) and _SIGNATURE.fullmatch(signature)):
+        return False  # `fromhex` alone takes white space and capitals
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(bytes.fromhex(signature), statement)
     except (InvalidSignature, ValueError):

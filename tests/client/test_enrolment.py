@@ -6,19 +6,21 @@ import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from fedtune.errors import EnrolmentError, FedtuneError
-from fedtune.pki import documents
+from fedtune.pki import certificates, documents
 from fedtune.pki.authority import Authority
-from fedtune.pki.certificates import pem
+from fedtune.pki.certificates import pem, serial_of
 from fedtune.pki.grants import read_grant
 from fedtune.pki.invitations import read_invitation
 from fedtune.pki.keys import node_text
@@ -164,6 +166,8 @@ class TestAccepting:
             ("serial", "other-site"),
             ("authority", "bad-certificate"),
             ("foreign", "bad-certificate"),
+            ("usurped", "bad-certificate"),
+            ("purpose", "bad-certificate"),
             ("server", "bad-certificate"),
             ("renamed", "bad-certificate"),
             ("expired", "certificate-expired"),
@@ -206,14 +210,26 @@ def wrong_fields(field: str, coordinator: Coordinator, site: Site) -> dict[str, 
         "request": "0" * 64,
         "authority": pem(foreign.certificate),
     }
-    certificates = {
+    issued = {
         "certificate": lambda: authority.certify_site("hospital-a", foreign.key.public_key(), now),
         "foreign": lambda: foreign.certify_site("hospital-a", mine, now),
         "server": lambda: authority.certify_coordinator(HOSTS, mine, now),
         "renamed": lambda: authority.certify_site("hospital-b", mine, now),
+        "purpose": lambda: for_a_server(authority, "hospital-a", mine, now),
         "expired": lambda: authority.certify_site("hospital-a", mine, now - timedelta(days=366)),
     }
-    return {field: plain[field]} if field in plain else {"certificate": pem(certificates[field]())}
+    if field == "usurped":  # whoever has the coordinator's signing key alone makes another authority
+        made = foreign.certify_site("hospital-a", mine, now)
+        return {"authority": pem(foreign.certificate), "certificate": pem(made), "serial": serial_of(made)}
+    return {field: plain[field]} if field in plain else {"certificate": pem(issued[field]())}
+
+
+def for_a_server(authority: Authority, site: str, key: ec.EllipticCurvePublicKey, now: datetime) -> x509.Certificate:
+    """A certificate with a site's name for the other end of a connection."""
+    issuer, name = certificates.Issuer(authority.certificate, authority.key), certificates.site_uri(FEDERATION, site)
+    alternative = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(name)])
+    subject, purpose = authority.certificate.subject, ExtendedKeyUsageOID.SERVER_AUTH
+    return certificates._issue(issuer, subject, alternative, purpose, key, now)
 
 
 class TestRenewing:

@@ -25,6 +25,7 @@ from fedtune.pki.authority import (
     write_coordinator,
 )
 from fedtune.pki.certificates import pem
+from fedtune.pki.files import write_private
 from fedtune.pki.keys import key_name, new_tls_key
 from tests.support.enrolments import FEDERATION, HOSTS, START
 from tests.support.failing_calls import Killed, kill_at, refuse_at
@@ -105,6 +106,32 @@ def test_a_flipped_bit_never_gives_another_authority(tmp_path: Path, authority: 
             assert error.code.removeprefix("enrolment.") in {"damaged", "wrong-secret", "bad-certificate"}  # noqa: PT017
             refused += 1
     assert refused > 0.9 * len(places)
+
+
+def test_a_key_under_the_certificate_of_another_is_refused(tmp_path: Path, authority: Authority) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    authority.save(tmp_path, KEY)
+    Authority.create(FEDERATION, HOSTS, START).save(other, KEY)
+    (certificate, _), (_, key) = (halves(folder / AUTHORITY_FILE) for folder in (tmp_path, other))
+    (tmp_path / AUTHORITY_FILE).write_bytes(certificate + key)
+    with pytest.raises(EnrolmentError) as refused:
+        Authority.load(tmp_path, KEY)
+    assert refused.value.code == "enrolment.damaged"
+
+
+def halves(path: Path) -> tuple[bytes, bytes]:
+    certificate, mark, key = path.read_bytes().partition(b"-----BEGIN ENCRYPTED")
+    return certificate, mark + key
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_its_name_is_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        made = kill_at(patch, 1000)
+        write_private(tmp_path / "file", b"content")
+    assert [call for call in made if call in {"fsync", "replace"}] == ["fsync", "replace", "fsync"]
 
 
 def test_a_renewed_authority_has_the_same_key_and_a_longer_life(authority: Authority) -> None:

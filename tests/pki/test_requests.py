@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.errors import EnrolmentError
 from fedtune.journal.chain import moment, public_hex, rotation_statement
-from fedtune.journal.entries import KeyRotated
+from fedtune.journal.entries import ClockSet, KeyRotated
 from fedtune.journal.journal import Journal
 from fedtune.pki.keys import new_node_key, new_tls_key, node_text
 from fedtune.pki.lineage import Lineage, lineage_lines
@@ -99,8 +99,17 @@ def test_what_is_not_a_nodes_key_as_openssh_spells_it_is_refused(journal: Journa
     assert refused.value.code == "enrolment.bad-key"
 
 
-def rotated(journal: Journal) -> Ed25519PrivateKey:
-    key, old = Ed25519PrivateKey.generate(), journal.chain.public_key
+def test_a_key_that_was_replaced_does_not_come_back(journal: Journal) -> None:
+    first = rotated(journal)
+    rotated(journal)
+    rotated(journal, first)
+    with pytest.raises(EnrolmentError) as refused:
+        Lineage.of(lineage_lines(journal.lines()))
+    assert refused.value.code == "enrolment.bad-lineage"
+
+
+def rotated(journal: Journal, back_to: Ed25519PrivateKey | None = None) -> Ed25519PrivateKey:
+    key, old = back_to or Ed25519PrivateKey.generate(), journal.chain.public_key
     journal.rotate(key, KeyRotated(public_key=public_hex(key), proof=key.sign(rotation_statement(old)).hex()))
     return key
 
@@ -118,6 +127,7 @@ def test_a_lineage_with_a_line_left_out_swapped_repeated_or_of_another_journal_i
 ) -> None:
     for _ in range(3):
         rotated(journal)
+    journal.append(ClockSet(before=journal.chain.time))
     lines = lineage_lines(journal.lines())
     other = Journal.create(tmp_path / "b.journal", "hospital-a", Ed25519PrivateKey.generate(), lambda: START)
     rotated(other)
@@ -133,6 +143,7 @@ def test_a_lineage_with_a_line_left_out_swapped_repeated_or_of_another_journal_i
         (stolen[0], *lines[1:]),
         (*lines, "{}"),
         (*lines, "é\udcff"),
+        (*lines, next(line.decode() for line in journal.lines() if b'"clock-set"' in line)),
     ]:
         with pytest.raises(EnrolmentError) as refused:
             Lineage.of(bad)

@@ -101,12 +101,11 @@ class TestInvitations:
         coordinator.approve(request)
 
     def test_one_is_good_for_its_site_alone(self, coordinator: Coordinator, make_site: MakeSite) -> None:
-        coordinator.invite("hospital-b")
-        assert refusal(lambda: make_site().answer(coordinator.invite("hospital-b"))) == "other-site"
-        posing = make_site("hospital-b", "posing")
-        request = posing.answer(coordinator.invite("hospital-b"))
-        coordinator.invite("hospital-b")
-        assert refusal(lambda: coordinator.approve(request)) == "invitation-withdrawn"
+        invitation, site = coordinator.invite("hospital-b"), make_site()
+        assert refusal(lambda: site.answer(invitation)) == "other-site"
+        dishonest = asked(site, invitation)
+        assert refusal(lambda: coordinator.approve(dishonest)) == "other-site"
+        coordinator.approve(make_site("hospital-b").answer(invitation))
 
     def test_a_newer_one_or_a_withdrawal_ends_it(self, coordinator: Coordinator, make_site: MakeSite) -> None:
         first = make_site().answer(coordinator.invite("hospital-a"))
@@ -279,6 +278,18 @@ class TestRenewal:
         coordinator.approve(newer)
         assert refusal(lambda: coordinator.approve(never_sent)) == "stale-request"
 
+    def test_a_request_that_was_granted_once_is_no_use_after_the_next(
+        self, coordinator: Coordinator, make_site: MakeSite
+    ) -> None:
+        site = make_site()
+        requests = [site.answer(coordinator.invite("hospital-a"))]
+        site.accept(coordinator.approve(requests[0]))
+        for _ in range(2):
+            requests.append(site.renew())
+            site.accept(coordinator.approve(requests[-1]))
+        codes = [refusal(lambda raw=raw: coordinator.approve(raw)) for raw in requests[:-1]]
+        assert codes == ["invitation-used", "stale-request"]
+
     def test_who_is_not_a_member_renews_nothing(self, coordinator: Coordinator, make_site: MakeSite) -> None:
         site = make_site()
         enrol(coordinator, site)
@@ -341,7 +352,7 @@ class TestRevocation:
         assert coordinator.enrolment.examine(request).occasion == "return"
         site.accept(coordinator.approve(request))
         (member,) = coordinator.enrolment.members
-        assert (member.identity, member.revoked) == (old.identity, None)
+        assert (member.identity, member.revoked, len(member.grants)) == (old.identity, None, 1)
         revocations = coordinator.enrolment.revocations
         assert not revocations.is_revoked(name="hospital-a", serial=member.grant.serial, key=member.grant.key)
         assert all(revocations.is_revoked(serial=serial) for serial in old.serials)
