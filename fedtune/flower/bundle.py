@@ -16,6 +16,7 @@ import io
 import json
 import tomllib
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedtune.config.plan import PLAN_KEY
@@ -39,7 +40,7 @@ serverapp = "fedtune_server.app:app"
 clientapp = "fedtune_client.app:app"
 
 [tool.flwr.app.config]
-{key} = {value}
+{entries}
 """
 _HINT = "a bundle is made by fedtune server submit and holds nothing but the plan"
 
@@ -60,7 +61,7 @@ class Bundle:
 def build(plan: str) -> Bundle:
     """Return the one bundle of a plan's text. Errors: `bundle.not-text`, `bundle.too-large`."""
     try:
-        text = _TEMPLATE.format(key=PLAN_KEY, value=toml_string(plan)).encode()
+        text = project_text({PLAN_KEY: plan}).encode()
     except UnicodeEncodeError as error:
         raise BundleError("not-text", "the plan holds half of a surrogate pair", hint="write the plan anew") from error
     buffer = io.BytesIO()
@@ -114,6 +115,11 @@ def _plan(project: bytes) -> str:
     return plan
 
 
-def toml_string(text: str) -> str:
+def project_text(config: Mapping[str, str]) -> str:
+    """Return the one file from which Flower takes a run's configuration: data, no code."""
+    return _TEMPLATE.format(entries="\n".join(f"{key} = {_toml_string(value)}" for key, value in config.items()))
+
+
+def _toml_string(text: str) -> str:
     """Return a basic string (TOML 1.0): JSON's, but for DEL, with every other character as it is."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -19,31 +19,13 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedtune.errors import ConfigError, FederationError
-from fedtune.flower.bundle import toml_string
+from fedtune.flower.bundle import project_text
 from fedtune.flower.grid import InProcessGrid
 
 BACKENDS = ("inprocess", "ray")
 
 # Set when Flower's engine has died under a running ServerApp, which would otherwise wait until its deadline.
 engine_died = threading.Event()
-
-_APP = """\
-[project]
-name = "fedtune-study"
-version = "1.0.0"
-description = "a study plan"
-license = "Apache-2.0"
-
-[tool.flwr.app]
-publisher = "fedtune"
-
-[tool.flwr.app.components]
-serverapp = "fedtune_server.app:app"
-clientapp = "fedtune_client.app:app"
-
-[tool.flwr.app.config]
-{entries}
-"""
 
 
 def run(
@@ -124,5 +106,4 @@ def _set_task_identity(run_id: int) -> None:
 
 def _write_app(folder: Path, run_config: Mapping[str, str]) -> None:
     """Write the one file from which Flower's engine takes the sites' run configuration: data, no code."""
-    entries = "\n".join(f"{key} = {toml_string(value)}" for key, value in run_config.items())
-    (folder / "pyproject.toml").write_text(_APP.format(entries=entries), encoding="utf-8")
+    (folder / "pyproject.toml").write_text(project_text(run_config), encoding="utf-8")

@@ -25,10 +25,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from fedtune.config.schema import Section
-from fedtune.errors import FedtuneError, TransportError
+from fedtune.errors import TransportError
+from fedtune.flower import program
 from fedtune.flower.environment import enter, log_plainly
 from fedtune.run.files import write_whole
 
@@ -234,16 +235,8 @@ def _tell(ready: Path, public: int, private: int) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Serve by a settings file; errors end with their code and a hint."""
-    try:
-        serve(LinkSettings.model_validate_json(Path(words[0]).read_bytes()))
-    except (ValidationError, OSError, IndexError) as error:
-        logger.error("error[transport.settings]: the settings cannot be read: %s", type(error).__name__)  # noqa: TRY400
-        return 2
-    except FedtuneError as error:
-        logger.error("error[%s]: %s; hint: %s", error.code, error.message, error.hint)  # noqa: TRY400
-        return error.exit_code
-    return 0
+    """Serve by a settings file."""
+    return program.run(LinkSettings, serve, words)
 
 
 if __name__ == "__main__":

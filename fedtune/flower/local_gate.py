@@ -20,7 +20,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable
 
 from fedtune.errors import TransportError
-from fedtune.run.files import write_whole
+from fedtune.run.private_files import PrivateFiles
 
 HEADER = "fedtune-local"
 _LABEL = b"fedtune local api v1"
@@ -31,11 +31,7 @@ logger = logging.getLogger("fedtune.gate")
 def make_secret(path: Path) -> None:
     """Write a new secret of 32 bytes that only this user can read, unless there is one."""
     if not path.exists():
-        before = os.umask(0o077)
-        try:
-            write_whole(path, os.urandom(_MIN_SECRET))
-        finally:
-            os.umask(before)
+        PrivateFiles(TransportError, one_writer=True).write(path, [os.urandom(_MIN_SECRET)])
 
 
 def read_secret(path: Path) -> bytes:

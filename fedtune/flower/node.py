@@ -26,10 +26,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from fedtune.config.schema import Section
-from fedtune.errors import BundleError, FedtuneError, TransportError
+from fedtune.errors import BundleError, TransportError
+from fedtune.flower import program
 from fedtune.flower.environment import enter, hold, log_plainly
 from fedtune.run.files import write_whole
 
@@ -246,17 +247,9 @@ def _stop(server: Server, thread: threading.Thread, ready: Path) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Serve by a settings file; errors end with their code and a hint."""
+    """Serve by a settings file."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        serve(NodeSettings.model_validate_json(Path(words[0]).read_bytes()))
-    except (ValidationError, OSError, IndexError) as error:
-        logger.error("error[transport.settings]: the settings cannot be read: %s", type(error).__name__)  # noqa: TRY400
-        return 2
-    except FedtuneError as error:
-        logger.error("error[%s]: %s; hint: %s", error.code, error.message, error.hint)  # noqa: TRY400
-        return error.exit_code
-    return 0
+    return program.run(NodeSettings, serve, words)
 
 
 if __name__ == "__main__":

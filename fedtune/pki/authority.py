@@ -120,8 +120,8 @@ class Authority:
         secret.check()
         encryption = BestAvailableEncryption(secret.password(self.federation))
         key = self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
-        write_private(folder / AUTHORITY_FILE, certificates.pem(self.certificate).encode() + key)
-        write_private(folder / CA_FILE, certificates.pem(self.certificate).encode())
+        write_private(folder / AUTHORITY_FILE, [certificates.pem(self.certificate).encode(), key])
+        write_private(folder / CA_FILE, [certificates.pem(self.certificate).encode()])
 
     @classmethod
     def load(cls, folder: Path, secret: Secret) -> Self:
@@ -142,7 +142,7 @@ class Authority:
         certificates.check_signed(certificate, certificate)
         spelled = certificates.pem(certificate).encode()
         if read_private(folder / CA_FILE) != spelled:
-            write_private(folder / CA_FILE, spelled)
+            write_private(folder / CA_FILE, [spelled])
         return cls(certificate, key)
 
 
@@ -158,7 +158,7 @@ def write_coordinator(folder: Path, authority: Authority, hosts: Iterable[str], 
     """
     key = new_tls_key()
     certificate = authority.certify_coordinator(hosts, key.public_key(), now)
-    write_private(folder / COORDINATOR_FILE, certificates.pem(certificate).encode() + pem_key(key))
+    write_private(folder / COORDINATOR_FILE, [certificates.pem(certificate).encode(), pem_key(key)])
     return certificate
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -14,8 +13,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from fedtune.errors import WitnessError
-from fedtune.run.files import disk_errors, sync_folder
+from fedtune.errors import RunError, WitnessError
+from fedtune.run.private_files import PrivateFiles
+
+_FILES = PrivateFiles(RunError, one_writer=True)
 
 
 def coordinator_key(path: Path) -> Ed25519PrivateKey:
@@ -24,27 +25,15 @@ def coordinator_key(path: Path) -> Ed25519PrivateKey:
     Errors: `witness.damaged-key`, `run.unwritable`, `run.disk-full`.
     """
     if not path.exists():
-        _write(path, Ed25519PrivateKey.generate())
+        key = Ed25519PrivateKey.generate()
+        _FILES.write(path, [key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())])
     try:
-        key = load_pem_private_key(path.read_bytes(), password=None)
+        read = load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _damaged(path) from error
-    if not isinstance(key, Ed25519PrivateKey):
+    if not isinstance(read, Ed25519PrivateKey):
         raise _damaged(path)
-    return key
-
-
-def _write(path: Path, key: Ed25519PrivateKey) -> None:
-    """Write a key whole, readable by its owner alone from the first byte."""
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path):
-        partial.unlink(missing_ok=True)
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
+    return read
 
 
 def _damaged(path: Path) -> WitnessError:

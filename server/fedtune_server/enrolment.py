@@ -89,7 +89,7 @@ class Enrolment:
         make_private_folder(folder)
         with locked(folder / "lock", alone=True):
             if read_private(enrolment._secret_file) is None:
-                write_private(enrolment._secret_file, secrets.token_bytes(_SECRET_BYTES))
+                write_private(enrolment._secret_file, [secrets.token_bytes(_SECRET_BYTES)])
             enrolment._log.mend()
             if not enrolment._log.read()[0]:
                 enrolment._log.append([Founded(federation=federation, coordinator=public_hex(key))], clock())
@@ -271,7 +271,7 @@ class Enrolment:
     def _write_revoked(self) -> None:
         path, text = self.folder / REVOKED_FILE, self._state.revocations.to_text().encode()
         if read_private(path) != text:
-            write_private(path, text)
+            write_private(path, [text])
 
     def _judge(self, raw: bytes) -> Verdict | Grant:
         """Return what a request comes to: the grant that it already has, if that is its site's newest."""

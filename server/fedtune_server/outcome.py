@@ -89,7 +89,7 @@ def _statement(study: Study) -> str:
     if spent is None or spent <= promise.epsilon * (1 + 1e-9):
         return promise.statement
     return (
-        f"EXCEEDED: ε = {spent:.4g} was spent, because rounds were repeated after an interruption with fresh noise. "
+        f"EXCEEDED: ε = {spent:.4g} was spent: a site charged more than the plan's rounds, as fedtune's own refuse to. "
         f"Planned was: {promise.statement}"
     )
 

@@ -198,8 +198,7 @@ def _require_quorum(plan: StudyPlan, asked: list[str], failed: dict[str, str], n
 
 
 def _measure(study: Study, number: int) -> dict[str, float] | None:
-    last = number == study.plan.federation.rounds
-    if number % study.plan.evaluation.every and not last:
+    if not study.plan.evaluation.measures(number, study.plan.federation.rounds):
         return None
     metrics = study.evaluator.measure(study.facts, study.nodes, number, study.released)
     study.facts.final = metrics

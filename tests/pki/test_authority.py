@@ -130,7 +130,7 @@ def test_a_file_is_on_disk_before_it_has_its_name_and_its_name_is_before_it_coun
 ) -> None:
     with monkeypatch.context() as patch:
         made = kill_at(patch, 1000)
-        write_private(tmp_path / "file", b"content")
+        write_private(tmp_path / "file", [b"content"])
     assert [call for call in made if call in {"fsync", "replace"}] == ["fsync", "replace", "fsync"]
 
 

@@ -1,4 +1,4 @@
-"""Studies whose sites are scripted."""
+"""Studies whose sites are scripted, and a coordinator that sites enrol with."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.config.machine import ENVIRONMENT_VARIABLE
+from tests.support.enrolments import Coordinator, MakeSite, Site
 from tests.support.studies import TinyStudy, tiny_study
 from tests.support.tiny import bank_csv, tiny_base
 
@@ -27,5 +28,18 @@ def make_study(base_and_records: tuple[Path, Path], tmp_path: Path, monkeypatch:
         run_dir = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         run_dir.mkdir()
         return tiny_study(*base_and_records, run_dir, "federation.sites=4", "federation.rounds=2", *overrides)
+
+    return make
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path) -> Coordinator:
+    return Coordinator(tmp_path / "coordinator")
+
+
+@pytest.fixture
+def make_site(tmp_path: Path, coordinator: Coordinator) -> MakeSite:
+    def make(name: str = "hospital-a", folder: str = "") -> Site:
+        return Site.make(tmp_path / (folder or name), name, coordinator.now)
 
     return make

@@ -17,31 +17,8 @@ from fedtune.errors import EnrolmentError
 from fedtune.pki.invitations import read_invitation
 from fedtune_server.enrolment import REVOKED_FILE, Enrolment
 from fedtune_server.enrolment_log import Log, Withdrawn
-from tests.support.enrolments import ADDRESS, FEDERATION, START, Coordinator, Site, enrol
+from tests.support.enrolments import ADDRESS, FEDERATION, START, Coordinator, MakeSite, Site, enrol, refusal
 from tests.support.failing_calls import Killed, kill_at, refuse_at
-
-
-@pytest.fixture
-def coordinator(tmp_path: Path) -> Coordinator:
-    return Coordinator(tmp_path / "coordinator")
-
-
-@pytest.fixture
-def make_site(tmp_path: Path, coordinator: Coordinator) -> Callable[..., Site]:
-    def make(name: str = "hospital-a", folder: str = "") -> Site:
-        return Site.make(tmp_path / (folder or name), name, coordinator.now)
-
-    return make
-
-
-MakeSite = Callable[..., Site]
-
-
-def refusal(act: Callable[[], object]) -> str:
-    with pytest.raises(EnrolmentError) as refused:
-        act()
-    assert refused.value.hint
-    return refused.value.code.removeprefix("enrolment.")
 
 
 @dataclass(slots=True)

@@ -185,6 +185,9 @@ def test_a_repeated_round_is_charged_to_those_who_had_trained_it(make_study: Mak
     summary = study.go_on()
     promise = study.plan.promise
     assert all(site["epsilon"] == epsilon([promise.event(3)], promise.delta) for site in summary["sites"])
+    assert summary["privacy"]["max_epsilon"] > promise.epsilon
+    assert summary["privacy"]["statement"].startswith("EXCEEDED: ε = ")
+    assert "EXCEEDED" in (study.folder.adapter / "README.md").read_text("utf-8")
 
 
 def test_a_lost_reply_is_in_the_final_epsilon(make_study: MakeStudy) -> None:

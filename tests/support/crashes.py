@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 import fedtune.training.local as training
-import fedtune_client.vault.files as vault_files
 from fedtune.config.machine import Machine
 from fedtune.config.plan import StudyPlan
 from fedtune.flower.messages import Refusal, decode_update
 from fedtune.journal.journal import Journal
 from fedtune.journal.ledger import Ledger
+from fedtune.run import private_files
 from fedtune.simulation.workspace import open_workspace
 from fedtune_client.authority import Authority
 from fedtune_client.updates import Payload, digest
@@ -248,8 +248,8 @@ FAULTS: dict[str, Callable[[], None]] = {
 
 def _write_in_halves(stop: Stop) -> None:
     """Write records and updates in two halves with a stop between them, and another before the flush."""
-    write, write_new = "_write", "_write_new"
-    write_all, write_item = getattr(Journal, write), getattr(vault_files, write_new)
+    write, write_new = "_write", "write_new"
+    write_all, write_item = getattr(Journal, write), getattr(private_files, write_new)
 
     def halves(journal: Any, data: bytes) -> None:
         name = next((name for kind, name in _KINDS.items() if kind in data), "")
@@ -269,4 +269,4 @@ def _write_in_halves(stop: Stop) -> None:
         write_item(path, [data])
 
     setattr(Journal, write, halves)
-    setattr(vault_files, write_new, half_an_item)
+    setattr(private_files, write_new, half_an_item)

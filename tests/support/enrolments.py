@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedtune.errors import EnrolmentError
 from fedtune.pki.authority import Authority
 from fedtune.pki.invitations import LIFE
 from fedtune_client import enrolment as joining
@@ -95,3 +97,14 @@ class Site:
 def enrol(coordinator: Coordinator, site: Site) -> None:
     """Let a site join by the whole exchange."""
     site.accept(coordinator.approve(site.answer(coordinator.invite(site.open.facts.name))))
+
+
+MakeSite = Callable[..., Site]
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """Return the code with which an act is refused, with a hint."""
+    with pytest.raises(EnrolmentError) as refused:
+        act()
+    assert refused.value.hint
+    return refused.value.code.removeprefix("enrolment.")
