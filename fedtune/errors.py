@@ -143,3 +143,15 @@ class FederationError(FedtuneError):
 
     area = "federation"
     exit_code = 3
+
+
+class ProcessError(FedtuneError):
+    """A process of this machine could not be started, or does not stay."""
+
+    area = "process"
+
+
+class StudyError(FedtuneError):
+    """A coordinator's study cannot be submitted, found or changed."""
+
+    area = "study"
