@@ -211,14 +211,21 @@ class AggregationSettings(Section):
 class FederationSettings(Section):
     """Who takes part: `sites_per_round` of `sites` are asked, a round needs `quorum` of those asked.
 
-    `deadline` is in seconds from the moment a round is sent; replies after it are dropped.
+    `deadline` is in seconds from the moment a round is sent; replies after it are dropped. A round ends before it when
+    `early_close` of those asked have given valid replies. `reconnect` is for how many seconds a site that cannot be
+    reached is waited for and asked again; `straggler_rest` for how many rounds a site that missed a deadline is left
+    out; `bad_replies` after how many replies that no honest site sends it is not asked any more.
     """
 
     sites: int = Field(6, ge=1, le=100_000)
     rounds: int = Field(10, ge=1, le=100_000)
     sites_per_round: int | None = Field(None, ge=1)
     quorum: float = Field(0.5, gt=0, le=1)
-    deadline: float = Field(3600.0, gt=0)
+    deadline: float = Field(3600.0, gt=0, le=604_800)
+    early_close: float | None = Field(None, gt=0, le=1)
+    reconnect: float = Field(120.0, ge=0)
+    straggler_rest: int = Field(0, ge=0, le=1_000)
+    bad_replies: int = Field(1, ge=1)
 
 
 class EvaluationSettings(Section):

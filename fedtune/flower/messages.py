@@ -32,6 +32,7 @@ _ARRAYS = "arrays"
 _RECEIPT = "receipt"
 _MAX_TEXT = 1_000_000
 _MAX_CODE = 64
+CODE = re.compile(r"[a-z]{1,20}\.[a-z0-9-]{1,43}")
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Scalar = TypeVar("Scalar", str, int)
@@ -169,6 +170,18 @@ def decode_evaluation(content: RecordDict, plan_sha256: str) -> Evaluation | Ref
     header, arrays = _open(content, "evaluation", plan_sha256)
     site, number = _field(header, "site", str), _field(header, "round", int)
     return Evaluation(plan_sha256, site, number, arrays, _head(header))
+
+
+def unsigned_code(content: RecordDict) -> str:
+    """Return the code of a bare refusal, such as a site sends that could not tell who had asked it; else nothing.
+
+    It is a label for people and proves nothing.
+    """
+    try:
+        refusal = _refusal(content)
+    except MessageError:
+        return ""
+    return refusal.code if refusal is not None and CODE.fullmatch(refusal.code) else ""
 
 
 def refusal_of(error: Exception) -> Refusal:

@@ -36,6 +36,13 @@ def refuse_early(settings: Settings) -> None:
             f"federation.sites_per_round={federation.sites_per_round} is above federation.sites={federation.sites}",
             hint="federation.sites_per_round=null asks every site",
         )
+    if federation.early_close is not None and federation.early_close < federation.quorum:
+        raise ConfigError(
+            "early-close",
+            f"federation.early_close={federation.early_close:g} would end rounds before federation.quorum="
+            f"{federation.quorum:g} of the sites have answered",
+            hint=f"federation.early_close={federation.quorum:g} or more, or null to wait for all",
+        )
 
 
 def refuse_told_unit(settings: Settings, task: Task) -> None:

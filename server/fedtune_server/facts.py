@@ -17,7 +17,9 @@ Metrics = dict[str, float]
 class SiteFacts:
     """One site, as the coordinator knows it: `units` is the site's public count, `events` all it has spent.
 
-    `rounds` and `evaluations` count its updates and noisy metrics that were accepted.
+    `rounds` and `evaluations` count its updates and noisy metrics that were accepted. `quarantine` is why it is not
+    asked any more (a code, empty while it is), after `offences` replies that no honest site sends; until round
+    `rests_until` it is left out because it was too late.
     """
 
     name: str
@@ -29,6 +31,19 @@ class SiteFacts:
     initial: Metrics = field(default_factory=dict)
     final: Metrics = field(default_factory=dict)
     evaluations: int = 0
+    offences: int = 0
+    quarantine: str = ""
+    rests_until: int = 0
+
+    def note_offence(self, code: str, most: int) -> None:
+        """Count a reply that no honest site sends; after `most` of them the site is quarantined."""
+        self.offences += 1
+        if self.offences >= most:
+            self.quarantine = code
+
+    def release(self) -> None:
+        """Let a site out of quarantine, with nothing held against it."""
+        self.offences, self.quarantine = 0, ""
 
     def epsilon(self, promise: PrivacyPlan) -> float | None:
         """Return ε recomputed from the events that ran, or None without privacy."""
@@ -59,6 +74,9 @@ class SiteFacts:
             "initial": self.initial,
             "final": self.final,
             "evaluations": self.evaluations,
+            "offences": self.offences,
+            "quarantine": self.quarantine,
+            "rests_until": self.rests_until,
         }
 
     @classmethod

@@ -16,11 +16,13 @@ Knows no study and no message.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.config.plan import StudyPlan
+from fedtune.errors import TransportError
 
 ENVIRONMENT_VARIABLE = "FEDTUNE_COORDINATOR"
 _SHOWN = 12
@@ -86,6 +88,19 @@ class CoordinatorFolder:
     def run(self) -> Path:
         """What the processes that run now have written down for each other."""
         return self.path / "run"
+
+    @property
+    def link_ready(self) -> Path:
+        """What the SuperLink that runs now has written down: its ports."""
+        return self.run / "link.json"
+
+    def private_port(self) -> int:
+        """Return the port on loopback of the SuperLink that runs now. Error: `transport.not-running`."""
+        try:
+            return int(json.loads(self.link_ready.read_bytes())["private"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            hint = "start the coordinator: fedtune server up"
+            raise TransportError("not-running", f"no SuperLink of {self.path} is running", hint=hint) from error
 
     def study(self, plan: StudyPlan) -> Path:
         """Return the run folder of a plan."""

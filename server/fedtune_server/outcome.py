@@ -18,8 +18,8 @@ from fedtune.simulation.sites import test_examples
 from fedtune.simulation.workspace import open_workspace
 from fedtune.training.evaluate import evaluate
 from fedtune_server.facts import SiteFacts
-from fedtune_server.rounds import Study
 from fedtune_server.scorecard import CentralTest
+from fedtune_server.study import Study
 
 
 def central_test(plan: StudyPlan, machine: Machine, workspace: Workspace) -> CentralTest | None:
@@ -103,5 +103,6 @@ def _site(site: SiteFacts, plan: StudyPlan) -> dict[str, Any]:
         "rounds": site.rounds,
         "failed": sum(site.failures.values()),
         "failures": site.failures,
+        "quarantine": site.quarantine or None,
         "metrics": {"initial": site.initial, "final": site.final},
     }

@@ -1,88 +1,43 @@
 """A study, round by round: … (Flower message) → validate → Aggregate → server optimiser → Adapter → Scorecard.
 
 One bad or silent site never ends a round: its reply is refused, named and counted, and the round goes on while a quorum
-answers. After each round everything that a resumed study needs is in one checkpoint.
+answers. A site whose replies are such as no honest site sends is quarantined. After each round everything that a
+resumed study needs is in one checkpoint.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
-from fedtune.aggregation.algorithms import Algorithm, get_algorithm
-from fedtune.aggregation.averaging import TailAverage
 from fedtune.aggregation.mean import StreamingMean
-from fedtune.aggregation.server_optimizers import OptimizerState
-from fedtune.aggregation.validation import validate
 from fedtune.aggregation.weights import site_weights
 from fedtune.config.plan import StudyPlan
-from fedtune.errors import FederationError, FedtuneError, MessageError
+from fedtune.errors import FederationError, FedtuneError
 from fedtune.flower.messages import Instruction, Update, decode_update
-from fedtune.model.layout import AdapterLayout, AdapterState
-from fedtune.privacy.accounting import Event
 from fedtune.run.folder import RunFolder
-from fedtune.simulation.progress import Progress, RoundInfo
-from fedtune_server.checkpoint import Checkpoint, latest_checkpoint, restore_average, save_checkpoint
-from fedtune_server.exchange import Answer, Exchange
-from fedtune_server.facts import SiteFacts, StudyFacts
-from fedtune_server.scorecard import Evaluator
+from fedtune.simulation.progress import RoundInfo
+from fedtune_server.exchange import Answer
+from fedtune_server.replies import check_update
+from fedtune_server.roll_call import welcome
 from fedtune_server.selection import sites_of_round
+from fedtune_server.study import Study
 
-_MOST_REPEATS = 100
+logger = logging.getLogger("fedtune.coordinator")
 
 
 @dataclass(slots=True)
-class Study:
-    """A running study: the fixed parts, then the state that each round replaces."""
+class _Round:
+    """One round as it goes: who was selected and who could be asked, the mean so far, the codes of the rest."""
 
-    plan: StudyPlan
-    layout: AdapterLayout
-    algorithm: Algorithm
-    exchange: Exchange
-    nodes: dict[str, int]
-    folder: RunFolder
-    progress: Progress
-    evaluator: Evaluator
-    adapter: AdapterState
-    optimizer: OptimizerState
-    average: TailAverage
-    facts: StudyFacts
-    round: int = 0
-
-    @property
-    def released(self) -> AdapterState:
-        """The adapter as it would be released now: the mean of the last `average_last` rounds."""
-        return self.average.result() if self.round else self.adapter
-
-
-def start_optimizer(plan: StudyPlan, layout: AdapterLayout, adapter: AdapterState) -> OptimizerState:
-    """Return the server optimiser's state before the first round."""
-    return get_algorithm(plan.aggregation.algorithm).start(plan.aggregation, layout, adapter)
-
-
-def resume(study: Study) -> None:
-    """Continue from the newest checkpoint, if there is one; what sites have spent since then is kept."""
-    checkpoint = latest_checkpoint(study.folder.checkpoints, study.plan.sha256)
-    study.folder.rewind_metrics(0 if checkpoint is None else checkpoint.round)
-    if checkpoint is None:
-        return
-    described, refused = study.facts.sites, study.facts.refused
-    study.round, study.adapter, study.optimizer = checkpoint.round, checkpoint.adapter, checkpoint.optimizer
-    restore_average(study.average, checkpoint)
-    study.facts = StudyFacts.from_dict(checkpoint.facts)
-    study.facts.refused = refused
-    for name in refused.keys() & study.facts.sites.keys():
-        study.facts.sites[name].note_failure(refused[name])
-    study.exchange.traffic.up, study.exchange.traffic.down = study.facts.bytes_up, study.facts.bytes_down
-    for name, site in described.items():
-        known = study.facts.sites.setdefault(name, site)
-        if known.data_sha256 != site.data_sha256:
-            raise FederationError(
-                "other-data", f"{name} holds other records than when the study began", hint="start a new run"
-            )
-        known.events = site.events
+    number: int
+    selected: int
+    mean: StreamingMean
+    asked: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    done: int = 0
 
 
 def run_rounds(study: Study) -> None:
@@ -90,18 +45,19 @@ def run_rounds(study: Study) -> None:
     if study.round == 0:
         study.facts.initial = study.evaluator.measure(study.facts, study.nodes, 0, study.adapter, initial=True)
     for number in range(study.round + 1, study.plan.federation.rounds + 1):
+        welcome(study)
         _run_round(study, number)
 
 
 def _run_round(study: Study, number: int) -> None:
     started = time.monotonic()
-    asked = [name for name in sites_of_round(study.plan, sorted(study.facts.sites), number) if name in study.nodes]
-    study.progress.round_started(number, len(asked))
+    current = _begin(study, number)
+    study.progress.round_started(number, len(current.asked))
     before = (study.exchange.traffic.up, study.exchange.traffic.down)
-    mean, failed = _collect(study, number, asked)
-    _require_quorum(study.plan, asked, failed, number)
+    _collect(study, current)
+    _require_quorum(study.plan, current)
     study.adapter, study.optimizer = study.algorithm.step(
-        study.plan.aggregation, study.layout, study.adapter, mean.result(), study.optimizer
+        study.plan.aggregation, study.layout, study.adapter, current.mean.result(), study.optimizer
     )
     study.average.push(study.adapter)
     study.round = number
@@ -109,90 +65,92 @@ def _run_round(study: Study, number: int) -> None:
     seconds = time.monotonic() - started
     study.facts.seconds += seconds
     study.facts.bytes_up, study.facts.bytes_down = study.exchange.traffic.up, study.exchange.traffic.down
-    result = _result(study, asked, failed, before, metrics, seconds)
+    result = _result(study, current, before, metrics, seconds)
     study.exchange.witness.save()
     _log(study.folder, result, metrics)  # before the checkpoint: a line without one is dropped on resume
-    _save(study)
+    study.save()
     study.progress.round_done(result)
 
 
-def _collect(study: Study, number: int, asked: list[str]) -> tuple[StreamingMean, dict[str, str]]:
-    """Add each valid update to the mean as it comes; return the codes of the rest."""
-    upload = study.algorithm.upload(study.layout)
-    weights = site_weights(study.plan.aggregation, sorted(study.facts.sites))
-    down = study.algorithm.download(study.layout)
-    instruction = Instruction(study.plan.sha256, number, {name: study.adapter[name] for name in down.names})
-    mean, failed = StreamingMean(upload), {}
-    site_of = {study.nodes[name]: name for name in asked}
-    decode = lambda message: decode_update(message.content, study.plan.sha256)  # noqa: E731 - one line, used once
-    for answer in study.exchange.ask("train", list(site_of), instruction, decode):
-        site = study.facts.sites[site_of[answer.node]]
-        code = _accept(study, answer, site, number, mean, weights[site.name], upload)
-        if code:
-            failed[site.name] = code
-            site.note_failure(code)
-            study.progress.site_failed(site.name, code)
+def _begin(study: Study, number: int) -> _Round:
+    """Select the round's sites. One that rests is not selected, one in quarantine counts as missing."""
+    resting = {name for name, site in study.facts.sites.items() if number <= site.rests_until}
+    selected = [name for name in sites_of_round(study.plan, study.names, number) if name not in resting]
+    current = _Round(number, len(selected), StreamingMean(study.algorithm.upload(study.layout)))
+    for name in selected:
+        site = study.facts.sites.get(name)
+        if site is not None and site.quarantine:
+            continue
+        if site is not None and name in study.nodes:
+            current.asked.append(name)
         else:
-            site.rounds += 1
-            study.progress.site_done(site.name)
-    return mean, failed
+            _fail(study, current, name, study.facts.refused.get(name, "federation.offline"))
+    return current
 
 
-def _accept(  # noqa: PLR0913, PLR0917 - the parts of one decision
-    study: Study,
-    answer: Answer[Update],
-    site: SiteFacts,
-    number: int,
-    mean: StreamingMean,
-    weight: float,
-    upload: AdapterLayout,
-) -> str:
-    """Validate one update and add it to the mean; return an empty string, or the code of its refusal."""
-    update = answer.reply
+def _collect(study: Study, current: _Round) -> None:
+    """Add each valid update to the mean as it comes, until all have answered, enough have, or the time is over."""
+    down, share = study.algorithm.download(study.layout), study.plan.federation.early_close
+    adapter = {name: study.adapter[name] for name in down.names}
+    instruction = Instruction(study.plan.sha256, current.number, adapter)
+    site_of = {study.nodes[name]: name for name in current.asked}
+    wanted = math.inf if share is None else math.ceil(share * current.selected)
+    weights = site_weights(study.plan.aggregation, study.names)
+    answers = study.exchange.ask(
+        "train",
+        list(site_of),
+        instruction,
+        lambda content: decode_update(content, study.plan.sha256),
+        enough=lambda: current.done >= wanted,
+    )
+    for answer in answers:
+        _take(study, current, site_of[answer.node], answer, weights)
+
+
+def _take(study: Study, current: _Round, name: str, answer: Answer[Update], weights: dict[str, float]) -> None:
+    """Add one update to the mean, or note why it does not count."""
+    site, update = study.facts.sites[name], answer.reply
     if update is None:
-        return answer.code
+        _fail(study, current, name, answer.code, offence=answer.offence)
+        return
     try:
-        if update.site != site.name or update.round != number:
-            raise MessageError("wrong-sender", "the update names another site or round")
-        known = study.plan.training.local_steps * (site.rounds + 1), site.evaluations
-        check_events(study.plan, update.events, at_least=known)
-        validate(update.state, upload, max_norm=study.plan.aggregation.max_update_norm, reference=study.adapter)
-        mean.add(update.state, weight)
+        upload = study.algorithm.upload(study.layout)
+        check_update(study.plan, update, site, number=current.number, upload=upload, reference=study.adapter)
+        current.mean.add(update.state, weights[name])
     except FedtuneError as error:
-        return error.code
+        _fail(study, current, name, error.code, offence=True)
+        return
     site.events = update.events
-    return ""
+    site.rounds += 1
+    current.done += 1
+    study.progress.site_done(name)
 
 
-def check_events(plan: StudyPlan, events: Iterable[Event], *, at_least: tuple[int, int] = (0, 0)) -> None:
-    """Refuse events that a site of this plan cannot have spent, because ε is computed from what it says.
-
-    Every event must be of one of the plan's mechanisms, training or noisy evaluation. `at_least` are the steps of the
-    rounds whose updates were accepted, and the evaluations that were; the upper bounds leave room for rounds that were
-    repeated and keep the accountant's work finite.
-    """
-    promise = plan.promise
-    if promise.mode == "off":
+def _fail(study: Study, current: _Round, name: str, code: str, *, offence: bool = False) -> None:
+    """Note why a site has no part in a round, and what follows for the next ones."""
+    current.failed[name] = code
+    study.progress.site_failed(name, code)
+    logger.warning("round %d: %s has no part: %s", current.number, name, code)
+    site = study.facts.sites.get(name)
+    if site is None:
         return
-    said = [(replace(event, steps=0), event.steps) for event in events]
-    mechanisms = promise.event(0), promise.evaluation_event(0)
-    if any(mechanism not in mechanisms for mechanism, _ in said):
-        raise MessageError("wrong-events", "the site's privacy events are not of the plan's mechanisms")
-    planned = promise.max_steps, promise.evaluations
-    for mechanism, most, known in zip(mechanisms, planned, at_least, strict=True):
-        spent = sum(steps for found, steps in said if found == mechanism)
-        if not known <= spent <= _MOST_REPEATS * most:
-            raise MessageError("wrong-events", f"the site's privacy events add up to {spent} steps, {known} are known")
+    site.note_failure(code)
+    if code == "federation.deadline":
+        site.rests_until = current.number + study.plan.federation.straggler_rest
+    if offence:
+        site.note_offence(code, study.plan.federation.bad_replies)
+        if site.quarantine:
+            logger.warning("%s is not asked any more: %s", name, code)
 
 
-def _require_quorum(plan: StudyPlan, asked: list[str], failed: dict[str, str], number: int) -> None:
-    needed = max(1, math.ceil(plan.federation.quorum * len(asked)))
-    if len(asked) - len(failed) >= needed:
+def _require_quorum(plan: StudyPlan, current: _Round) -> None:
+    needed = max(1, math.ceil(plan.federation.quorum * current.selected))
+    if current.done >= needed:
         return
-    causes = ", ".join(f"{name}: {code}" for name, code in sorted(failed.items())[:5])
+    causes = ", ".join(f"{name}: {code}" for name, code in sorted(current.failed.items())[:5])
     raise FederationError(
         "no-quorum",
-        f"round {number}: {len(asked) - len(failed)} of {len(asked)} sites answered, {needed} are needed ({causes})",
+        f"round {current.number}: {current.done} of {current.selected} sites answered, {needed} are needed ({causes})",
         hint="mend the sites and continue with fedtune simulate --resume RUN, or lower federation.quorum in a new run",
     )
 
@@ -205,23 +163,14 @@ def _measure(study: Study, number: int) -> dict[str, float] | None:
     return metrics
 
 
-def _save(study: Study) -> None:
-    state = Checkpoint(study.round, study.adapter, study.optimizer, study.average.state(), study.facts.to_dict())
-    save_checkpoint(study.folder.checkpoints, study.plan.sha256, state)
-
-
 def _result(
-    study: Study,
-    asked: list[str],
-    failed: dict[str, str],
-    before: tuple[int, int],
-    metrics: dict[str, float] | None,
-    seconds: float,
+    study: Study, current: _Round, before: tuple[int, int], metrics: dict[str, float] | None, seconds: float
 ) -> RoundInfo:
     spent = study.facts.max_epsilon(study.plan.promise)
     up, down = study.exchange.traffic.up - before[0], study.exchange.traffic.down - before[1]
     shown = None if metrics is None else metrics.get(study.evaluator.headline)
-    return RoundInfo(study.round, len(asked), len(asked) - len(failed), dict(failed), spent, shown, seconds, up, down)
+    failed = dict(current.failed)
+    return RoundInfo(current.number, current.selected, current.done, failed, spent, shown, seconds, up, down)
 
 
 def _log(folder: RunFolder, result: RoundInfo, metrics: dict[str, float] | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import RecordDict
 
 from fedtune.config.plan import StudyPlan
 from fedtune.evaluation.metrics import Tally
@@ -66,20 +66,25 @@ class Evaluator:
     ) -> dict[str, Measured]:
         cost = event_of_evaluation(self.plan)
         instruction = Instruction(self.plan.sha256, number, {name: adapter[name] for name in self.download})
-        site_of = {node: name for name, node in nodes.items() if name in facts.sites}
+        site_of = {
+            node: name for name, node in nodes.items() if name in facts.sites and not facts.sites[name].quarantine
+        }
         found: dict[str, Measured] = {}
         for answer in self.exchange.ask("evaluate", list(site_of), instruction, self._decode):
             site = facts.sites[site_of[answer.node]]
             reply = answer.reply
             if reply is None or (reply.site, reply.round) != (site.name, number):
-                site.note_failure(answer.code or "message.wrong-sender")
+                code = answer.code or "message.wrong-sender"
+                site.note_failure(code)
+                if answer.offence or reply is not None:
+                    site.note_offence(code, self.plan.federation.bad_replies)
             else:
                 found[site.name] = reply.measured
                 site.note_evaluation(cost)
         return found
 
-    def _decode(self, message: Message) -> _SiteMetrics | Refusal:
-        reply: Evaluation | Refusal = decode_evaluation(message.content, self.plan.sha256)
+    def _decode(self, content: RecordDict) -> _SiteMetrics | Refusal:
+        reply: Evaluation | Refusal = decode_evaluation(content, self.plan.sha256)
         if isinstance(reply, Refusal):
             return reply
         return _SiteMetrics(reply.site, reply.round, read_site_metrics(self.plan, reply.tally), reply.head)

@@ -13,7 +13,7 @@ from fedtune.errors import MessageError
 from fedtune.flower.messages import Update, encode_reply
 from fedtune.privacy.accounting import epsilon
 from fedtune_server.facts import SiteFacts
-from fedtune_server.rounds import check_events
+from fedtune_server.replies import check_events
 from tests.support.studies import TinyStudy, site_name
 
 MakeStudy = Callable[..., TinyStudy]

@@ -1,0 +1,94 @@
+"""A study while it runs: its fixed parts, the state that each round replaces, and how it begins and is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from fedtune.aggregation.algorithms import Algorithm, get_algorithm
+from fedtune.aggregation.averaging import TailAverage
+from fedtune.aggregation.server_optimizers import OptimizerState
+from fedtune.config.plan import StudyPlan
+from fedtune.errors import FederationError
+from fedtune.model.layout import AdapterLayout, AdapterState
+from fedtune.run.folder import RunFolder
+from fedtune.simulation.progress import Progress
+from fedtune_server.checkpoint import Checkpoint, latest_checkpoint, restore_average, save_checkpoint
+from fedtune_server.exchange import Exchange
+from fedtune_server.facts import StudyFacts
+from fedtune_server.scorecard import Evaluator
+
+
+@dataclass(slots=True)
+class Study:
+    """A running study: the fixed parts, then the state that each round replaces."""
+
+    plan: StudyPlan
+    layout: AdapterLayout
+    algorithm: Algorithm
+    exchange: Exchange
+    nodes: dict[str, int]
+    folder: RunFolder
+    progress: Progress
+    evaluator: Evaluator
+    adapter: AdapterState
+    optimizer: OptimizerState
+    average: TailAverage
+    facts: StudyFacts
+    round: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The study's sites in site order: those that it names, or those that have introduced themselves."""
+        fleet = self.exchange.fleet
+        return sorted(self.facts.sites) if fleet is None else list(fleet.sites)
+
+    @property
+    def released(self) -> AdapterState:
+        """The adapter as it would be released now: the mean of the last `average_last` rounds."""
+        return self.average.result() if self.round else self.adapter
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        average, facts = self.average.state(), self.facts.to_dict()
+        checkpoint = Checkpoint(self.round, self.adapter, self.optimizer, average, facts)
+        save_checkpoint(self.folder.checkpoints, self.plan.sha256, checkpoint)
+
+
+def start_optimizer(plan: StudyPlan, layout: AdapterLayout, adapter: AdapterState) -> OptimizerState:
+    """Return the server optimiser's state before the first round."""
+    return get_algorithm(plan.aggregation.algorithm).start(plan.aggregation, layout, adapter)
+
+
+def resume(study: Study, released: Collection[str] = ()) -> None:
+    """Continue from the newest checkpoint, if there is one; what sites have spent since then is kept.
+
+    `released` are sites that are let out of quarantine.
+    """
+    checkpoint = latest_checkpoint(study.folder.checkpoints, study.plan.sha256)
+    study.folder.rewind_metrics(0 if checkpoint is None else checkpoint.round)
+    if checkpoint is None:
+        return
+    described, refused = study.facts.sites, study.facts.refused
+    study.round, study.adapter, study.optimizer = checkpoint.round, checkpoint.adapter, checkpoint.optimizer
+    restore_average(study.average, checkpoint)
+    study.facts = StudyFacts.from_dict(checkpoint.facts)
+    study.facts.refused = refused
+    study.exchange.traffic.up, study.exchange.traffic.down = study.facts.bytes_up, study.facts.bytes_down
+    for name, site in described.items():
+        known = study.facts.sites.setdefault(name, site)
+        if known.data_sha256 == site.data_sha256:
+            known.events = site.events
+        else:
+            _refuse_other_data(study, name)
+    for name in study.facts.sites.keys() & set(released):
+        study.facts.sites[name].release()
+
+
+def _refuse_other_data(study: Study, name: str) -> None:
+    """Go on without a site whose records have changed; a simulation has one file, so there it is the whole study."""
+    if study.exchange.fleet is None:
+        message = f"{name} holds other records than when the study began"
+        raise FederationError("other-data", message, hint="start a new run")
+    study.facts.refused[name] = "federation.other-data"
+    study.nodes.pop(name, None)
