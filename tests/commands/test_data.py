@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.runs import Study, command
 from tests.support.tiny import bank_csv, question_jsonl, tiny_base
 
@@ -64,3 +66,43 @@ def test_the_units_of_a_column_are_reported_with_their_number_and_sizes(study: S
     assert "privacy units: 5, one for each value of patient_id" in text
     assert "median 4, largest 24; a step uses at most 6 of them" in text
     assert command(*check(study, file, "--format", "json")).json["units"] is None
+
+
+def test_a_split_names_each_sites_file_and_the_study_to_submit(study: Study, tmp_path: Path) -> None:
+    out = tmp_path / "parts"
+    words = ["data", "split", str(study.data), "--out", str(out), "data.text=text", "federation.sites=3"]
+    done = command(*words)
+    assert done.code == 0, done.err
+    assert f"{out}/site-001.csv: 20 records, of which a site of this name holds out 4" in done.out
+    assert f"submit it: fedtune server submit --config {out}/study.yaml" in done.out
+    assert sorted(path.name for path in out.iterdir()) == [f"site-00{n}.csv" for n in (1, 2, 3)] + ["study.yaml"]
+    again = command(*words)
+    assert again.code == 2
+    assert "error[data.exists]" in again.err
+
+
+def test_a_split_in_json_and_in_another_format(study: Study, tmp_path: Path) -> None:
+    words = ["--out", str(tmp_path), "--to", "jsonl", "federation.sites=2", "data.name=bank", "--format", "json"]
+    found = command("data", "split", str(study.data), *words).json
+    assert (found["data"], found["study"]) == ("bank", str(tmp_path / "study.yaml"))
+    assert [site["file"] for site in found["sites"]] == [str(tmp_path / f"site-00{n}.jsonl") for n in (1, 2)]
+    assert [(site["records"], site["held_out"]) for site in found["sites"]] == [(30, 6), (30, 6)]
+
+
+def test_without_a_path_the_records_of_the_settings_are_split(study: Study, tmp_path: Path) -> None:
+    done = command("data", "split", "--out", str(tmp_path / "banks"), "data.limit=60", "--format", "json")
+    assert [site["name"] for site in done.json["sites"]] == [f"synthetic-bank-0{n}" for n in range(1, 7)]
+    first = command("data", "split", "federation.sites=2", f"data.path={study.data}", "--out", str(tmp_path / "two"))
+    assert first.code == 0, first.err
+    assert (tmp_path / "two" / "site-002.csv").exists()
+
+
+def test_a_file_whose_name_looks_like_a_setting_can_be_split(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bank_csv(tmp_path / "seed=1.csv")
+    done = command("data", "split", "seed=1.csv", "--out", "parts", "--format", "json")
+    assert [site["records"] for site in done.json["sites"]] == [7, 7, 7, 7, 6, 6]
+    assert "error[config.unknown-key]" in command("data", "split", "sed=1", "--out", "other").err
+    assert not (tmp_path / "other").exists()
