@@ -21,8 +21,8 @@ SWITCHES: dict[str, str] = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "HF_HUB_OFFLINE": "1",
 }
+_TALKATIVE = ("alembic", "sqlalchemy", "uvicorn")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"
 
 
 def flower_environment(home: Path, base: Mapping[str, str]) -> dict[str, str]:
@@ -60,15 +60,14 @@ def hold(folder: Path) -> int:
 
 
 def log_plainly() -> None:
-    """Log to standard error in one format: Flower's lines once and without colours, no line for a client's request.
+    """Log Flower's lines as this process logs all others (`fedtune.processes.logs`): once, redacted, without colours.
 
-    Imports Flower's logger, so `enter` comes before. A program that has set up its logging keeps its handlers.
+    Imports Flower's logger, so `enter` comes before.
     """
     from flwr.supercore.logger import FLOWER_LOGGER
 
-    logging.basicConfig(level=logging.INFO, format=_FORMAT)
     FLOWER_LOGGER.handlers.clear()
     FLOWER_LOGGER.setLevel(logging.INFO)
     FLOWER_LOGGER.propagate = True
-    for name in ("httpx", "httpcore"):
+    for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -31,6 +31,7 @@ from fedtune.config.schema import Section
 from fedtune.errors import TransportError
 from fedtune.flower import program
 from fedtune.flower.environment import enter, log_plainly
+from fedtune.flower.memory import forget_the_start, keep_large_blocks_apart
 from fedtune.run.files import write_whole
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class LinkSettings(Section):
     head_seconds: float = Field(10.0, gt=0)
     body_grace_seconds: float = Field(10.0, gt=0)
     slowest_bytes_per_second: float = Field(65_536, gt=0)
+    tidy_seconds: float = Field(60.0, gt=0)
 
     @property
     def database(self) -> Path:
@@ -83,6 +85,7 @@ def serve(settings: LinkSettings) -> None:
     """Serve until a signal ends it. Errors: `transport.*` for files, ports and folders that cannot be used."""
     from fedtune.flower.listener import PatientLoop
 
+    keep_large_blocks_apart()
     enter(settings.state / "flower")
     log_plainly()
     settings.ready.unlink(missing_ok=True)
@@ -91,32 +94,58 @@ def serve(settings: LinkSettings) -> None:
 
 
 async def _serve(settings: LinkSettings) -> None:
+    from fedtune.flower.local_gate import read_secret
+
     with (
         _listening(settings.public_host, settings.public_port) as public,
         _listening(_LOOPBACK, settings.private_port) as private,
     ):
-        inside, outside = _servers(settings)
+        secret = read_secret(settings.secret)
+        app = _app(settings, secret)
+        inside, outside = _servers(settings, app, secret)
         _stop_on_signal(inside, outside)
         private_life = asyncio.create_task(inside.serve([private]))
         await _until_started(inside, private_life)
         public_life = asyncio.create_task(outside.serve([public]))
         await _until_started(outside, public_life)
+        forget_the_start()
+        keeping = asyncio.create_task(_keep_house(settings, app))
         _tell(settings.ready, public.getsockname()[1], private.getsockname()[1])
         await public_life
+        keeping.cancel()
         inside.should_exit = True  # the database closes last
         await private_life
     settings.ready.unlink(missing_ok=True)
 
 
-def _servers(settings: LinkSettings) -> tuple[Server, Server]:
-    """Return the private server, which owns the app's life, and the public one."""
+def _app(settings: LinkSettings, secret: bytes) -> Any:
+    """Return Flower's app."""
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.main import create_app
+
+    from fedtune.flower import database
+
+    database.prepare()
+    return create_app(flower_config(settings, secret), SuperLinkLifespan)
+
+
+async def _keep_house(settings: LinkSettings, app: Any) -> None:
+    """Tidy the database now and then, beside everything else."""
+    from fedtune.flower.housekeeping import Housekeeper
+
+    housekeeper = Housekeeper(app.state.linkstate_factory.state(), settings.database)
+    while True:
+        await asyncio.to_thread(housekeeper.tidy)
+        await asyncio.sleep(settings.tidy_seconds)
+
+
+def _servers(settings: LinkSettings, app: Any, secret: bytes) -> tuple[Server, Server]:
+    """Return the private server, which owns the app's life, and the public one."""
     from uvicorn import Config, Server
 
     from fedtune.flower.fleet_gate import FleetGate, GateLimits
     from fedtune.flower.listener import ListenerLimits, guarded, server_context
-    from fedtune.flower.local_gate import LocalGate, read_secret
+    from fedtune.flower.local_gate import LocalGate
     from fedtune.flower.peer import Revocations
     from fedtune.flower.replay import ReplayCache
 
@@ -127,9 +156,7 @@ def _servers(settings: LinkSettings) -> tuple[Server, Server]:
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    secret = read_secret(settings.secret)
     tls = server_context(settings.certificate, settings.key, settings.client_authority)
-    app: Any = create_app(flower_config(settings, secret), SuperLinkLifespan)
     limits = GateLimits(
         body=settings.max_body,
         held=settings.max_held,
@@ -236,7 +263,7 @@ def _tell(ready: Path, public: int, private: int) -> None:
 
 def main(words: list[str]) -> int:
     """Serve by a settings file."""
-    return program.run(LinkSettings, serve, words)
+    return program.run(LinkSettings, serve, words, role="link")
 
 
 if __name__ == "__main__":

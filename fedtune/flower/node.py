@@ -32,6 +32,7 @@ from fedtune.config.schema import Section
 from fedtune.errors import BundleError, TransportError
 from fedtune.flower import program
 from fedtune.flower.environment import enter, hold, log_plainly
+from fedtune.flower.memory import forget_the_start, keep_large_blocks_apart
 from fedtune.run.files import write_whole
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class NodeSettings(Section):
 
 def serve(settings: NodeSettings) -> None:
     """Connect and serve until a signal ends it (SystemExit). Errors: `transport.*` for files and ports."""
+    keep_large_blocks_apart()
     enter(settings.state / "flower")
     log_plainly()
     from flwr.supernode import fleet_http_connection, start_client_internal
@@ -105,6 +107,7 @@ def _run(settings: NodeSettings, key: EllipticCurvePrivateKey, secret: bytes, li
     if not server.started:
         raise TransportError("not-started", "the runtime API did not start", hint="its log says why")
     add_exit_handler(lambda: _stop(server, thread, settings.ready))
+    forget_the_start()
     port = listener.getsockname()[1]
     write_whole(settings.ready, json.dumps({"pid": os.getpid(), "runtime": port}).encode() + b"\n")
     logger.info("runtime API on port %d; connecting to %s", port, settings.coordinator)
@@ -249,7 +252,7 @@ def _stop(server: Server, thread: threading.Thread, ready: Path) -> None:
 def main(words: list[str]) -> int:
     """Serve by a settings file."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    return program.run(NodeSettings, serve, words)
+    return program.run(NodeSettings, serve, words, role="node")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.errors import DataError
 from fedtune.flower.environment import log_plainly
 from fedtune.flower.executor import ExecutorSettings, serve_coordinator, serve_site
+from fedtune.processes import logs
 
 CANARY = "patient 4711 has a secret"
 
@@ -85,6 +86,7 @@ def _array(values: np.ndarray) -> object:
 
 
 def main(function: str, port: str, secret: str) -> None:
+    logs.setup("executor")
     log_plainly()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     settings = ExecutorSettings(int(port), Path(secret), poll=0.05, patience=20.0, longest_pause=1.0)
