@@ -50,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_study(plan: StudyPlan, machine: Machine, exchange: Exchange, released: tuple[str, ...] = ()) -> None:
-    """Run a study to its end; `released` are sites that a person has let out of quarantine."""
+    """Run a study to its end; `released` names a site for each time that a person let it out of quarantine."""
     started = time.monotonic()
     study = open_study(plan, machine, exchange)
     resume(study, released)

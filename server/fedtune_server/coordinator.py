@@ -27,11 +27,12 @@ from fedtune.simulation.observer import watched_by
 from fedtune_server.coordinator_key import coordinator_key
 from fedtune_server.enrolment import Enrolment
 from fedtune_server.exchange import Exchange, Traffic
-from fedtune_server.fleet import Fleet, registered_sites
+from fedtune_server.fleet import Fleet
 from fedtune_server.folder import CoordinatorFolder
 from fedtune_server.studies.outcome_file import recorded
 from fedtune_server.studies.progress_file import FileProgress
 from fedtune_server.studies.record import StudyRecord, read_record
+from fedtune_server.studies.registrar import node_keys
 from fedtune_server.witness import Witness
 
 Conducted = tuple[Machine, Exchange, tuple[str, ...]]
@@ -71,10 +72,15 @@ def _exchange(folder: CoordinatorFolder, plan: StudyPlan, record: StudyRecord, g
     try:
         endpoint = Endpoint(COORDINATOR, enrolment.federation, key, Peers(enrolment.known), nonces)
         with Control(folder.private_port(), read_secret(folder.secret)) as control:
-            load = lambda: registered_sites(control.nodes(), enrolment.members)  # noqa: E731 - one line, used once
-            fleet = Fleet(endpoint, plan.sha256, record.sites, load)
+            fleet = Fleet(endpoint, plan.sha256, record.sites, lambda: _registered(control, enrolment))
             witness = Witness(folder.witness, key)
             federation = plan.federation
             yield Exchange(grid, federation.deadline, Traffic(), witness, fleet, federation.reconnect)
     finally:
         nonces.close()
+
+
+def _registered(control: Control, enrolment: Enrolment) -> dict[int, str]:
+    """Return the site of each registered node, by the node keys that sites were granted."""
+    site_of = node_keys(enrolment.members)
+    return {node.number: site_of[node.key][0] for node in control.nodes() if node.key in site_of}

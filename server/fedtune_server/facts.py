@@ -18,8 +18,8 @@ class SiteFacts:
     """One site, as the coordinator knows it: `units` is the site's public count, `events` all it has spent.
 
     `rounds` and `evaluations` count its updates and noisy metrics that were accepted. `quarantine` is why it is not
-    asked any more (a code, empty while it is), after `offences` replies that no honest site sends; until round
-    `rests_until` it is left out because it was too late.
+    asked any more (a code, empty while it is), after `offences` replies that no honest site sends, `quarantines` how
+    often that has happened; until round `rests_until` it is left out because it was too late.
     """
 
     name: str
@@ -33,6 +33,7 @@ class SiteFacts:
     evaluations: int = 0
     offences: int = 0
     quarantine: str = ""
+    quarantines: int = 0
     rests_until: int = 0
 
     def note_offence(self, code: str, most: int) -> None:
@@ -40,10 +41,12 @@ class SiteFacts:
         self.offences += 1
         if self.offences >= most:
             self.quarantine = code
+            self.quarantines += 1
 
-    def release(self) -> None:
-        """Let a site out of quarantine, with nothing held against it."""
-        self.offences, self.quarantine = 0, ""
+    def release(self, times: int) -> None:
+        """Let a site out of quarantine, with nothing held against it, unless it was put there more often than that."""
+        if times >= self.quarantines:
+            self.offences, self.quarantine = 0, ""
 
     def epsilon(self, promise: PrivacyPlan) -> float | None:
         """Return ε recomputed from the events that ran, or None without privacy."""
@@ -76,6 +79,7 @@ class SiteFacts:
             "evaluations": self.evaluations,
             "offences": self.offences,
             "quarantine": self.quarantine,
+            "quarantines": self.quarantines,
             "rests_until": self.rests_until,
         }
 

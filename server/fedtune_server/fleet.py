@@ -12,11 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from flwr.app import RecordDict
 
 from fedtune.envelopes.endpoint import Endpoint
-from fedtune.flower.peer import key_digest
 from fedtune.flower.sealed import open_answer, seal_requests
-from fedtune.flower.submission import NodeFacts
-from fedtune.pki.keys import read_node_key
-from fedtune_server.enrolment_state import Member
 
 _FRESH_SECONDS = 1.0
 
@@ -56,9 +52,3 @@ class Fleet:
         """Return what a node's site has signed as its answer to the newest request, or refuse it: `envelope.*`."""
         site = self.nodes().get(node, "")
         return open_answer(self._endpoint, content, site, self._study).content
-
-
-def registered_sites(nodes: Collection[NodeFacts], members: Collection[Member]) -> dict[int, str]:
-    """Return the site of each registered node, by the node key in the site's newest grant."""
-    site_of = {key_digest(read_node_key(member.grant.node_key)): member.site for member in members}
-    return {node.number: site_of[node.key] for node in nodes if node.key in site_of}

@@ -151,7 +151,7 @@ def _require_quorum(plan: StudyPlan, current: _Round) -> None:
     raise FederationError(
         "no-quorum",
         f"round {current.number}: {current.done} of {current.selected} sites answered, {needed} are needed ({causes})",
-        hint="mend the sites and continue with fedtune simulate --resume RUN, or lower federation.quorum in a new run",
+        hint="mend the sites; a coordinator then goes on by itself, a simulation with fedtune simulate --resume RUN",
     )
 
 

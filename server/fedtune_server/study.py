@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedtune.aggregation.algorithms import Algorithm, get_algorithm
@@ -60,10 +60,10 @@ def start_optimizer(plan: StudyPlan, layout: AdapterLayout, adapter: AdapterStat
     return get_algorithm(plan.aggregation.algorithm).start(plan.aggregation, layout, adapter)
 
 
-def resume(study: Study, released: Collection[str] = ()) -> None:
+def resume(study: Study, released: Sequence[str] = ()) -> None:
     """Continue from the newest checkpoint, if there is one; what sites have spent since then is kept.
 
-    `released` are sites that are let out of quarantine.
+    A site stands in `released` once for each time that it was let out of quarantine.
     """
     checkpoint = latest_checkpoint(study.folder.checkpoints, study.plan.sha256)
     study.folder.rewind_metrics(0 if checkpoint is None else checkpoint.round)
@@ -82,7 +82,7 @@ def resume(study: Study, released: Collection[str] = ()) -> None:
         else:
             _refuse_other_data(study, name)
     for name in study.facts.sites.keys() & set(released):
-        study.facts.sites[name].release()
+        study.facts.sites[name].release(released.count(name))
 
 
 def _refuse_other_data(study: Study, name: str) -> None:

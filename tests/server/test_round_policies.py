@@ -12,6 +12,7 @@ from flwr.app import RecordDict
 
 from fedtune.errors import ConfigError, FederationError
 from fedtune.flower.messages import Update, encode_reply
+from fedtune_server.facts import SiteFacts
 from tests.server.test_rounds import assert_mean_of, changed, crash
 from tests.support.studies import TinyStudy, site_name
 
@@ -72,6 +73,17 @@ class TestQuarantine:
         study.sites.twists = {}
         study.go_on()
         assert asked(study, BAD) == [1]
+
+    def test_a_person_lets_a_site_out_once_for_each_time_that_it_was_put_there(self) -> None:
+        site = SiteFacts("bank", 100, "d" * 64)
+        site.note_offence("message.wrong-shape", 1)
+        site.release(0)
+        assert site.quarantine == "message.wrong-shape"
+        site.release(1)
+        assert (site.quarantine, site.offences) == ("", 0)
+        site.note_offence("message.wrong-shape", 1)
+        site.release(1)  # the same word of the person, read again at a restart
+        assert site.quarantine == "message.wrong-shape"
 
 
 class TestEarlyClose:
