@@ -22,6 +22,7 @@ SWITCHES: dict[str, str] = {
     "HF_HUB_OFFLINE": "1",
 }
 _TALKATIVE = ("alembic", "sqlalchemy", "uvicorn")
+_ASKED_ALL_THE_TIME = ("ControlServicer.ListRuns", "ControlServicer.ListNodes")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -69,5 +70,12 @@ def log_plainly() -> None:
     FLOWER_LOGGER.handlers.clear()
     FLOWER_LOGGER.setLevel(logging.INFO)
     FLOWER_LOGGER.propagate = True
+    FLOWER_LOGGER.addFilter(_says_something)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Leave out empty lines, and one line for each look at runs and nodes, which happens every second or two."""
+    text = record.getMessage().strip()
+    return bool(text) and not text.startswith(_ASKED_ALL_THE_TIME)

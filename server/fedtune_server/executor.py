@@ -13,9 +13,6 @@ import logging
 import os
 import signal
 import sys
-import threading
-import time
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import Field
@@ -24,10 +21,10 @@ from fedtune.config.machine import ENVIRONMENT_VARIABLE as MACHINE
 from fedtune.config.schema import Section
 from fedtune.flower import program
 from fedtune.flower.environment import enter, log_plainly
+from fedtune.processes.heartbeat import beat
 from fedtune.run.files import write_whole
 from fedtune_server.folder import ENVIRONMENT_VARIABLE as COORDINATOR
 
-BEAT = 5.0  # seconds
 logger = logging.getLogger("fedtune.executor")
 
 
@@ -53,19 +50,11 @@ def serve(settings: CoordinatorExecutorSettings) -> None:
 
     logger.info("ready to run the studies in %s", settings.folder)
     write_whole(settings.ready, json.dumps({"pid": os.getpid()}).encode() + b"\n")
-    threading.Thread(target=_beat, args=(settings.ready,), name="beat", daemon=True).start()
+    beat(settings.ready)
     try:
         serve_coordinator(ExecutorSettings(settings.port, settings.secret, settings.poll), app)
     finally:
         settings.ready.unlink(missing_ok=True)
-
-
-def _beat(ready: Path) -> None:
-    """Show that the process is not stopped, by the time of its ready file."""
-    while True:
-        with suppress(OSError):
-            os.utime(ready)
-        time.sleep(BEAT)
 
 
 def main(words: list[str]) -> int:

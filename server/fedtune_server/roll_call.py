@@ -141,5 +141,5 @@ def _require_ready(plan: StudyPlan, ready: int, refused: set[str]) -> None:
     raise FederationError(
         "no-quorum",
         f"{ready} of {plan.federation.sites} sites are ready ({', '.join(sorted(refused)) or 'no answer'})",
-        hint="run again with --verbose to see what the sites log",
+        hint="mend the sites: fedtune server status shows them, fedtune simulate --verbose what simulated ones log",
     )

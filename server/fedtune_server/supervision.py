@@ -13,7 +13,6 @@ import json
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ from typing import TYPE_CHECKING
 from fedtune.config.machine import ENVIRONMENT_VARIABLE as MACHINE
 from fedtune.flower.environment import flower_environment
 from fedtune.pki.authority import CA_FILE, COORDINATOR_FILE
-from fedtune.processes import logs
+from fedtune.processes import heartbeat, logs
 from fedtune.processes.health import Readiness
 from fedtune.processes.supervisor import ChildSpec, ChildState
 from fedtune.run.files import write_whole
 from fedtune_server.enrolment import REVOKED_FILE
-from fedtune_server.executor import BEAT, CoordinatorExecutorSettings
+from fedtune_server.executor import CoordinatorExecutorSettings
 from fedtune_server.folder import ENVIRONMENT_VARIABLE as COORDINATOR
 from fedtune_server.folder import CoordinatorFolder
 from fedtune_server.settings import CoordinatorSettings
@@ -67,7 +66,7 @@ def children(folder: CoordinatorFolder, settings: CoordinatorSettings) -> tuple[
             environment,
             ready=executor.ready,
             starting=300.0,  # torch and transformers from a cold disk
-            probe=lambda: time.time() - executor.ready.stat().st_mtime < 3 * BEAT,
+            probe=lambda: heartbeat.is_fresh(executor.ready),
         ),
     )
 
