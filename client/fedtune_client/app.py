@@ -9,8 +9,9 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.aggregation.algorithms import Algorithm, get_algorithm
@@ -32,7 +33,8 @@ from fedtune.simulation.sites import SiteData
 from fedtune.training.evaluate import HeldOut, measure
 from fedtune.training.local import Assignment, event_of_round, train_round
 from fedtune_client.authority import Round
-from fedtune_client.site import Site, open_site, plan_of
+from fedtune_client.channel import answered
+from fedtune_client.site import Site, open_resident, open_site, plan_of, study_of
 from fedtune_client.updates import Payload, digest_of
 
 app = ClientApp()
@@ -68,14 +70,22 @@ def evaluate_adapter(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context, act: Callable[[Site, Instruction], Answer]) -> Message:
+    """Answer in the way that the message came: at a real site from one signed envelope into another."""
+    act_on = partial(_act, message.metadata.message_type, context, act)
+    return answered(message, study_of(context), lambda: open_resident().site, act_on)
+
+
+def _act(kind: str, context: Context, act: Callable[[Site, Instruction], Answer], content: RecordDict) -> RecordDict:
     try:
         plan = plan_of(context)
-        instruction = decode_instruction(message.content, plan.sha256)
+        instruction = decode_instruction(content, plan.sha256)
         reply = act(open_site(context, plan, instruction.receipt), instruction)
+        logger.info("answered: %s", kind, extra={"study": plan.sha256[:16], "round": instruction.round})
     except Exception as error:
-        logger.debug("the site refuses a message", exc_info=True)
         reply = refusal_of(error)
-    return Message(encode_reply(reply), reply_to=message)
+        logger.info("refused: %s", kind, extra={"study": study_of(context)[:16], "code": reply.code})
+        logger.debug("its cause", exc_info=True)
+    return encode_reply(reply)
 
 
 def _describe(site: Site, _instruction: Instruction) -> Answer:

@@ -8,6 +8,11 @@
     heads.jsonl     heads that coordinators have countersigned
     populations/    keyed pseudonyms of the registered data sets' units
     studies/        what a site keeps of its optimiser, by plan
+    asked/          plans that the site was asked to take part in and has not taken part in
+    nonces.db       the numbers of messages that were signed and taken
+    local.secret    what the site's processes show each other
+    node/           Flower's state of the site's node
+    logs/, run/     what the processes say; what runs now
 
 Knows no plan and no message.
 """
@@ -22,6 +27,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedtune.envelopes.envelope import COORDINATOR
 from fedtune.errors import ConfigError, JournalError
 from fedtune.journal.chain import public_hex
 from fedtune.journal.entries import SiteName
@@ -33,6 +39,7 @@ from fedtune_client.populations import Populations
 from fedtune_client.vault import Unlock, Vault, create_signing_key, signing_key
 
 ENVIRONMENT_VARIABLE = "FEDTUNE_SITE"
+FEDERATION_VARIABLE = "FEDTUNE_FEDERATION"
 PSEUDONYMS = "pseudonym-key"
 _FACTS = """\
 # Facts of this machine. A plan names a data set; only this file says which file that is.
@@ -41,6 +48,17 @@ data:
   # claims:
   #   path: claims.csv   # starts at this folder
   #   format: auto       # auto | csv | tsv | json | jsonl | parquet | arrow
+# Base models by names of your own; a plan's is found by the hash of its content.
+models:
+  # encoder: models/encoder   # a folder, or package:NAME of an installed package
+
+# How the client runs; these are the values without a line here.
+# device: auto        # auto | cpu | cuda
+# threads: 8          # as many as the machine has cores
+# runtime_port: 0     # on loopback; 0 takes a free one
+# health_port: 0      # on loopback: /health and /ready
+# log_format: text    # text | json
+# poll: 1.0           # seconds between two questions to the coordinator
 """
 
 
@@ -69,6 +87,36 @@ class SiteFolder:
     def heads_file(self) -> Path:
         """Countersigned heads, one JSON a line."""
         return self.path / "heads.jsonl"
+
+    @property
+    def nonces(self) -> Path:
+        """The memory of signed messages."""
+        return self.path / "nonces.db"
+
+    @property
+    def secret(self) -> Path:
+        """What the site's processes show each other."""
+        return self.path / "local.secret"
+
+    @property
+    def node(self) -> Path:
+        """Flower's state."""
+        return self.path / "node"
+
+    @property
+    def asked(self) -> Path:
+        """Plans that wait for the operator, or that the site refuses."""
+        return self.path / "asked"
+
+    @property
+    def logs(self) -> Path:
+        """One file a process."""
+        return self.path / "logs"
+
+    @property
+    def run(self) -> Path:
+        """What the processes that run now have written down for each other."""
+        return self.path / "run"
 
     @property
     def populations(self) -> Populations:
@@ -108,8 +156,19 @@ def find_folder(given: Path | None = None) -> SiteFolder:
     return SiteFolder(given or Path(os.environ.get(ENVIRONMENT_VARIABLE) or "site"))
 
 
+def begun(folder: SiteFolder) -> Path | None:
+    """Return the journal of the site that was begun in a folder, None before its first record was whole."""
+    for path in sorted(folder.path.glob("*.journal")):
+        with path.open("rb") as file:
+            if file.readline().endswith(b"\n"):
+                return path
+    return None
+
+
 def require_unused(folder: SiteFolder, name: str) -> None:
     """Refuse a name that no site can have (`config.bad-name`) and a folder that holds a site already.
+
+    No site is called as coordinators sign.
 
     Errors: `journal.exists` for a site that is there; `config.other-site` for one that was begun under another name.
     """
@@ -118,11 +177,11 @@ def require_unused(folder: SiteFolder, name: str) -> None:
     except ValidationError:
         hint = "use letters, digits, dots, hyphens and underscores, at most 64"
         raise ConfigError("bad-name", f"a site cannot be called {name[:80]!r}", hint=hint) from None
-    for path in sorted(folder.path.glob("*.journal")):
-        with path.open("rb") as file:
-            if file.readline().endswith(b"\n"):
-                hint = f"fedtune client journal show --site {shlex.quote(str(folder.path))}"
-                raise JournalError("exists", f"{folder.path} already holds the site {path.stem}", hint=hint)
+    if name == COORDINATOR:
+        raise ConfigError("bad-name", f"{name} is how a coordinator signs", hint="choose the organisation's name")
+    if (path := begun(folder)) is not None:
+        hint = f"fedtune client journal show --site {shlex.quote(str(folder.path))}"
+        raise JournalError("exists", f"{folder.path} already holds the site {path.stem}", hint=hint)
     if (folder.path / FILE_NAME).exists() and (other := folder.facts().name) != name:
         hint = f"go on with that one: fedtune client init {other}"
         raise ConfigError("other-site", f"{folder.path} was begun as the site {other}", hint=hint)

@@ -14,6 +14,7 @@ from fedtune.config.schema import Section
 from fedtune.errors import RunError
 
 ENVIRONMENT_VARIABLE = "FEDTUNE_MACHINE"
+_REAL = ("FEDTUNE_SITE", "FEDTUNE_COORDINATOR")
 
 
 class Machine(Section):
@@ -45,7 +46,12 @@ class Machine(Section):
 
 
 def announce(path: Path) -> None:
-    """Make a `machine.json` the one this process and its children use."""
+    """Make a `machine.json` the one this process and its children use: they are parts of a simulation from now on.
+
+    An operator who has exported a real site's or coordinator's folder does not mean that folder with it.
+    """
+    for name in _REAL:
+        os.environ.pop(name, None)
     os.environ[ENVIRONMENT_VARIABLE] = str(path.resolve())
 
 

@@ -9,8 +9,8 @@ from fedtune.commands.options import Format, OutputFormat, Verbose
 from fedtune.commands.screen import quiet_libraries
 from fedtune.errors import ConfigError
 from fedtune_client.commands.budget import forecast_document, forecast_lines, forecast_of
-from fedtune_client.commands.plans import PlanPath, read_plan_file
-from fedtune_client.commands.shared import KeyFile, Site, Yes, opened, show, tell, viewed
+from fedtune_client.commands.plans import PlanOrHash, find_plan
+from fedtune_client.commands.shared import KeyFile, Site, Yes, folder_of, opened, show, tell, viewed
 from fedtune_client.commands.unlocking import confirm
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ metrics = {
 
 
 def approve(  # noqa: PLR0913 - a command's options
-    plan: PlanPath,
+    plan: PlanOrHash,
     *,
     by: Annotated[str, typer.Option(metavar="NAME", help="Who agrees; else who runs this.", show_default=False)] = "",
     yes: Yes = False,
@@ -41,7 +41,7 @@ def approve(  # noqa: PLR0913 - a command's options
     quiet_libraries(verbose=verbose)
     from fedtune_client import operator
 
-    asked, name = read_plan_file(plan), _name(by)
+    asked, name = find_plan(plan, folder_of(site)), _name(by)
     opened_site = opened(site, key_file)
     coming = forecast_of(viewed(site), asked)
     asks = summary(asked)

@@ -1,4 +1,7 @@
-"""Reads the plan that a command names: a plan.json, a run folder, or what `fedtune plan --format json` printed."""
+"""Reads the plan that a command names: a file, or the hash of a plan that a coordinator has asked for.
+
+A file is a plan.json, a run folder, or what `fedtune plan --format json` printed.
+"""
 
 import json
 from pathlib import Path
@@ -10,10 +13,28 @@ from fedtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedtune.config.plan import StudyPlan
+    from fedtune_client.folder import SiteFolder
 
 longest = 4_000_000  # bytes: a plan has at most a million characters
 
-PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="plan.json, or a run folder.", show_default=False)]
+PlanOrHash = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PLAN", help="plan.json, a run folder, or a hash that `client asked` shows.", show_default=False
+    ),
+]
+
+
+def find_plan(given: Path, folder: "SiteFolder") -> "StudyPlan":
+    """Return the plan of a file, or the one that was asked for whose hash begins so; a file that is there wins.
+
+    Errors: those of `read_plan_file` and of `fedtune_client.asked.find`.
+    """
+    from fedtune_client.asked import PREFIX, find
+
+    if PREFIX.fullmatch(str(given)) and not given.exists():
+        return find(folder, str(given))
+    return read_plan_file(given)
 
 
 def read_plan_file(path: Path) -> "StudyPlan":
