@@ -21,7 +21,8 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
@@ -147,6 +148,12 @@ def _client_class(tls: ssl.SSLContext, number_file: Path) -> type:
     """Return Flower's client of the fleet API with a certificate to show, a limit on answers and a second life."""
     import httpx
     from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse, DeactivateNodeRequest
+    from flwr.proto.message_pb2 import (
+        ConfirmMessageReceivedRequest,
+        ConfirmMessageReceivedResponse,
+        PullObjectRequest,
+        PullObjectResponse,
+    )
     from flwr.supercore.protobuf.client import ProtobufClientInterceptor
     from flwr.supercore.retry import RetryInvoker
     from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -186,7 +193,36 @@ def _client_class(tls: ssl.SSLContext, number_file: Path) -> type:
             write_whole(number_file, str(answer.node_id).encode())
             return answer
 
+        def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802 - Flower's name
+            """Fetch a part of a message."""
+            with _run_goes_on():
+                return super().PullObject(request)
+
+        def ConfirmMessageReceived(  # noqa: N802 - Flower's name
+            self, request: ConfirmMessageReceivedRequest
+        ) -> ConfirmMessageReceivedResponse:
+            """Say that a message is here."""
+            with _run_goes_on():
+                return super().ConfirmMessageReceived(request)
+
     return _Client
+
+
+@contextmanager
+def _run_goes_on() -> Iterator[None]:
+    """Raise an ordinary error where a run ends while its message is fetched.
+
+    Flower's own is none that its SuperNode cleans up after: the message's task would stay behind for an executor to
+    claim, without the objects that it then waits for.
+    """
+    import httpx
+
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.FORBIDDEN:
+            raise
+        raise TransportError("run-finished", "the run ended while its message was fetched") from error
 
 
 def refuse_large(response: httpx.Response) -> None:

@@ -102,6 +102,19 @@ def test_a_supernode_that_is_killed_is_heard_of_at_once_and_comes_back(federatio
     assert [answer.get("sum") for answer in run(federation)[1]] == [999_000.0] * 2
 
 
+def test_a_run_that_ends_while_its_message_is_fetched_holds_up_no_later_one(federation: Federation) -> None:
+    """Control: without `_run_goes_on` both sites keep the message's task, and wait for its objects for ever."""
+    out = federation.folder / "out.json"
+    plan = build(json.dumps({"nodes": 2, "size": 25_000_000, "out": str(out)}))  # 100 MB: fetching takes seconds
+    with federation.control() as control:
+        number = control.start(plan)
+        wait_for(lambda: "Receiving: train" in federation.log("a").rsplit("Sending", 1)[-1], 60)
+        control.stop(number)
+    facts, answers = run(federation)
+    assert facts.outcome == "completed"
+    assert len(answers) == 2
+
+
 def test_a_site_that_is_told_to_stop_says_so(federation: Federation, tmp_path: Path) -> None:
     touched, out = tmp_path / "touched", federation.folder / "out.json"
     out.unlink(missing_ok=True)

@@ -9,12 +9,12 @@ import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 
 from fedtune.errors import TransportError
 from fedtune.flower.bundle import build
 from fedtune.flower.listener import client_context, server_context
-from fedtune.flower.node import read_node_key, refuse_large, run_config
+from fedtune.flower.node import _run_goes_on, read_node_key, refuse_large, run_config
 from tests.support.certificates import Authority, node_key
 
 RUN = Run.create_empty(run_id=1)
@@ -106,3 +106,14 @@ def test_settings_that_cannot_be_read_end_with_a_code(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "error[transport.settings]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("status", "error"), [(403, TransportError), (503, httpx.HTTPStatusError)])
+def test_a_run_that_ends_while_its_message_is_fetched_is_an_ordinary_error(status: int, error: type[Exception]) -> None:
+    response = httpx.Response(status, request=httpx.Request("POST", "https://localhost/v1/fleet/pull-object"))
+    with pytest.raises(error), _run_goes_on():
+        response.raise_for_status()
+
+
+def test_flowers_own_error_for_it_is_one_that_nothing_is_cleaned_up_after() -> None:
+    assert not issubclass(RunNotRunningException, Exception)

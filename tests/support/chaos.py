@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,10 +45,19 @@ class Arena:
     trials: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def make(cls, folder: Path, *, seed: int, sites: tuple[str, ...] = SITES, **keys: Any) -> Arena:
+    def make(
+        cls,
+        folder: Path,
+        *,
+        seed: int,
+        sites: tuple[str, ...] = SITES,
+        host: str = "127.0.0.1",
+        wrap: Mapping[str, Sequence[str]] | None = None,
+        **keys: Any,
+    ) -> Arena:
         settings = {"federation__rounds": 60, "federation__sites": len(sites), "evaluation__site_metrics": "off"}
         bench = make_study(folder / "bench", **{**settings, "federation__quorum": 1.0, **keys}).bench
-        deployment = Deployment(folder, bench.machine.model_folder)
+        deployment = Deployment(folder, bench.machine.model_folder, host, wrap=wrap or {})
         for name in sites:
             bank_csv(folder / f"{name}.csv", rows=60, labels=3, patients=14)
             deployment.join(name, {NAME: folder / f"{name}.csv"})
@@ -116,10 +124,3 @@ def journal_entries(deployment: Deployment, name: str) -> list[dict[str, Any]]:
     """Read a site's journal with no code of the journal's own."""
     bodies = [line["body"] for line in read_lines(deployment.site(name).journal_file(name))]
     return [{**body["entry"], "kind": body["kind"], "sequence": body["sequence"]} for body in bodies]
-
-
-def stop_and_go(arena: Arena, role: str, process: str, seconds: float) -> int:
-    """Freeze a part for a while; return its process id."""
-    pid = arena.deployment.kill(role, process, signal.SIGSTOP)
-    time.sleep(seconds)
-    return pid
