@@ -30,7 +30,7 @@ def machine_of(plan: StudyPlan, folder: SiteFolder) -> Machine:
         run_dir=str(folder.run.absolute()),
         model_folder=str(base.folder),
         device=device_of(facts),
-        threads=facts.service.threads or os.cpu_count() or 1,
+        threads=facts.service.threads or _threads_by_default(),
     )
 
 
@@ -66,6 +66,12 @@ def device_of(facts: SiteFacts) -> str:
     if wanted == "cuda" and not found:
         raise ConfigError("no-cuda", f"device: cuda in {FILE_NAME}, but torch finds no GPU", hint="device: cpu")
     return "cuda" if wanted != "cpu" and found else "cpu"
+
+
+def _threads_by_default() -> int:
+    """Return what OMP_NUM_THREADS says, or the number of cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) else os.cpu_count() or 1
 
 
 def _likely_first(name: str, facts: SiteFacts) -> Iterator[str]:

@@ -26,6 +26,7 @@ from fedtune_server.folder import CoordinatorFolder
 
 RESERVED = frozenset({COORDINATOR, "all", "none", "null"})  # a signer, and words of commands and configuration
 _LOG = "enrolment.log"
+_LOOPBACK = frozenset({host("127.0.0.1"), host("::1"), "localhost"})
 _SETTINGS = """\
 # Facts of this machine. A study names a base model and a data set; only this file says where they are.
 # `fedtune server up` reads it when it starts. Relative places start at this folder.
@@ -34,7 +35,7 @@ federation: "{federation}"  # every paper and message names it: do not change it
 address: "{address}"  # where sites reach this coordinator
 
 listen:
-  host: "0.0.0.0"  # all addresses of this machine
+  host: "{listen}"  # 0.0.0.0 is all addresses of this machine
   port: {port}  # the only one to open in a firewall: TLS, client certificates required
 private_port: 9091  # on loopback, for processes of this machine
 health_port: 9092  # on loopback: GET /health and GET /ready
@@ -139,7 +140,9 @@ def begin(folder: CoordinatorFolder, wish: Wish, secret: Secret, clock: Clock = 
 
 def settings_text(federation: str, wish: Wish) -> str:
     """Return the `coordinator.yaml` that a person edits."""
-    return _SETTINGS.format(federation=federation, address=wish.address, port=split_address(wish.address)[1])
+    where, port = split_address(wish.address)
+    listen = where if host(where) in _LOOPBACK else "0.0.0.0"  # noqa: S104 - sites are on other machines
+    return _SETTINGS.format(federation=federation, address=wish.address, listen=listen, port=port)
 
 
 def _incomplete(problem: str) -> EnrolmentError:

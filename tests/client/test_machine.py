@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -90,3 +91,14 @@ def test_a_gpu_that_is_not_there_is_said(site: RealSite) -> None:
     assert refused.value.code == "config.no-cuda"
     write(site, {}, "device: auto")
     assert device_of(site.folder.facts()) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("said", "threads"), [("3", 3), ("0", os.cpu_count()), ("", os.cpu_count()), ("all", os.cpu_count())]
+)
+def test_a_site_computes_with_as_many_threads_as_its_machine_says(
+    site: RealSite, monkeypatch: pytest.MonkeyPatch, said: str, threads: int
+) -> None:
+    write(site, {"first": site.study.bench.machine.model_folder}, "device: cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert machine_of(site.study.plan, site.folder).threads == threads

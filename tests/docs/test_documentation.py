@@ -20,10 +20,12 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks").rglob("*.md")),
 ]
-WALKS = {
-    "site-operator.md",
+WALKS = {  # one story each, which another test runs in order
+    "site-operator.md",  # tests/client/commands/test_pages.py
     "site-authority.md",
-}  # one story each: tests/client/commands/test_pages.py runs them in order
+    "federation.md",  # test_walkthrough.py
+    "deployment.md",  # tests/deploy/test_kit.py: for administrators, so that its commands are parsed
+}
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 EXAMPLES = [

@@ -114,3 +114,17 @@ def test_a_folder_without_the_file_is_told_how_to_make_one(tmp_path: Path) -> No
         read_settings(tmp_path / "coordinator.yaml")
     assert caught.value.code == "config.file-missing"
     assert "fedtune server init" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("address", "listens"),
+    [
+        ("127.0.0.1:8443", "127.0.0.1"),
+        ("localhost:8443", "localhost"),
+        ("[::1]:8443", "::1"),
+        ("fl.example.org:8443", "0.0.0.0"),
+    ],
+)
+def test_a_coordinator_of_one_machine_listens_on_that_machine_alone(tmp_path: Path, address: str, listens: str) -> None:
+    found = read(tmp_path, settings_text(FEDERATION, Wish.of("hospitals", address)))
+    assert (found.listen.host, found.listen.port) == (listens, 8443)
