@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from flwr.app import Error, Message, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.app import Message, RecordDict
 
 from fedtune.config.machine import ENVIRONMENT_VARIABLE as MACHINE
 from fedtune.envelopes.endpoint import Endpoint
@@ -25,6 +24,7 @@ from fedtune.envelopes.envelope import COORDINATOR
 from fedtune.envelopes.nonces import FileNonces, Nonces
 from fedtune.envelopes.peers import PeerKey, Peers
 from fedtune.errors import EnrolmentError, EnvelopeError
+from fedtune.flower.failures import refused
 from fedtune.flower.messages import refusal_of
 from fedtune.flower.sealed import ENVELOPE, Opened, open_request, seal_answer
 from fedtune_client.enrolment import Granted, federations, membership
@@ -58,7 +58,7 @@ def answered(
         code = refusal_of(error).code
         logger.warning("refused, and answered unsigned", extra={"study": study[:16], "code": code})
         logger.debug("its cause", exc_info=True)
-        return Message(Error(ErrorCode.MOD_FAILED_PRECONDITION, code), reply_to=message)
+        return refused(message, code)
 
 
 @dataclass(frozen=True, slots=True)
