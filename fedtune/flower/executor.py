@@ -22,25 +22,38 @@ from pathlib import Path
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode, SubStatus
-from flwr.common.serde import context_from_proto, fab_from_proto, run_from_proto
-from flwr.proto.runtime_pb2 import PullTaskInputRequest, PushTaskOutputRequest
+from flwr.common.serde import context_from_proto, fab_from_proto, message_to_proto, run_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PullTaskInputResponse,
+    PushAppMessagesRequest,
+    PushTaskOutputRequest,
+)
 from flwr.serverapp import ServerApp
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import HttpGrid
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from fedtune.config.plan import PLAN_KEY
 from fedtune.errors import BundleError, FedtuneError, TransportError
 from fedtune.flower.bundle import read
 from fedtune.flower.local_gate import read_secret
+from fedtune.flower.remote_grid import RemoteGrid
 from fedtune.flower.runtime import Claim, Runtime
+from fedtune.flower.transfer import Parcels, receive
 
 logger = logging.getLogger("fedtune.executor")
 
@@ -113,23 +126,26 @@ def _answer(runtime: Runtime, claim: Claim, app: ClientApp) -> None:
     or whose answer cannot be handed over is therefore left to run out, after which the SuperNode answers by itself.
     """
     with runtime.task(claim) as client:
-        given = _Given(claim, *pull_task_input(client))
-        stopped = None
-        try:
-            reply = given.reply(app)
-        except SystemExit as error:
-            stopped = error
-            reply = _error(given.message, ErrorCode.CLIENT_APP_CRASHED, "site.stopped")
-        except _Refused as error:
-            reply = _error(given.message, ErrorCode.MOD_FAILED_PRECONDITION, error.code)
-        except Exception as error:
-            logger.debug("the app raised", exc_info=True)
-            reply = _error(given.message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _code(error, "site.internal"))
+        reply, context, stopped = _replied(_pull(client, claim), app)
         status = SubStatus.FAILED if reply.has_error() else SubStatus.COMPLETED
-        push_message(client, reply, given.context)
+        _push(client, reply, context)
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
         if stopped is not None:
             raise stopped
+
+
+def _replied(given: _Given, app: ClientApp) -> tuple[Message, Context, SystemExit | None]:
+    """Return a site's answer; what was asked is dropped with this function, before the answer is sent."""
+    try:
+        return given.reply(app), given.context, None
+    except SystemExit as error:
+        return _error(given.message, ErrorCode.CLIENT_APP_CRASHED, "site.stopped"), given.context, error
+    except _Refused as error:
+        return _error(given.message, ErrorCode.MOD_FAILED_PRECONDITION, error.code), given.context, None
+    except Exception as error:
+        logger.debug("the app raised", exc_info=True)
+        code = _code(error, "site.internal")
+        return _error(given.message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, code), given.context, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +167,38 @@ class _Given:
         return app(self.message, self.context)
 
 
+def _pull(client: RuntimeHttpClient, claim: Claim) -> _Given:
+    """Fetch a task's message, and say so, after which the SuperNode keeps nothing of it."""
+    given, announced = _task_input(client), client.PullMessages(PullAppMessagesRequest())
+    if not announced.messages_list:
+        raise TransportError("lost-task", "the task has no message", hint="its SuperNode was started again")
+    tree, run, node = announced.message_object_trees[0], given.run.run_id, Node(node_id=given.context.node_id)
+    message = receive(tree, make_pull_object_fn_protobuf(client.PullObject, node, run))
+    taken = ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=tree.object_id)
+    client.ConfirmMessageReceived(taken)
+    context, fab = context_from_proto(given.context), fab_from_proto(given.fab)
+    return _Given(claim, message, context, run_from_proto(given.run), fab)
+
+
+def _push(client: RuntimeHttpClient, reply: Message, context: Context) -> None:
+    """Hand an answer to the SuperNode."""
+    parcels = Parcels()
+    tree = parcels.add(reply)
+    bare = message_to_proto(remove_content_from_message(reply))
+    answer = client.PushMessages(PushAppMessagesRequest(messages_list=[bare], message_object_trees=[tree]))
+    node = Node(node_id=context.node_id)
+    push = make_push_object_fn_protobuf(client.PushObject, node, context.run_id, answer.session_id)
+    parcels.send(set(answer.objects_to_push), push)
+
+
+def _task_input(client: RuntimeHttpClient) -> PullTaskInputResponse:
+    """Fetch a task's input; messages that this process makes from now on belong to its run."""
+    given = client.PullTaskInput(PullTaskInputRequest())
+    TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+    TaskIdentity.node_id = given.context.node_id
+    return given
+
+
 def _error(message: Message, number: int, code: str) -> Message:
     logger.warning("answered with %s", code)
     return Message(Error(number, code), reply_to=message)
@@ -162,7 +210,7 @@ def _conduct(runtime: Runtime, claim: Claim, app: ServerApp) -> None:
         status, code = SubStatus.FAILED, "coordinator.stopped"
         try:
             _require_kind(claim, TaskType.SERVER_APP)
-            _conduct_run(runtime, client, app)
+            _conduct_run(client, app)
             status, code = SubStatus.COMPLETED, ""
         except Exception as error:
             code = _code(error, "coordinator.internal")
@@ -172,26 +220,12 @@ def _conduct(runtime: Runtime, claim: Claim, app: ServerApp) -> None:
             client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=code))
 
 
-def _conduct_run(runtime: Runtime, client: RuntimeHttpClient, app: ServerApp) -> None:
-    given = client.PullTaskInput(PullTaskInputRequest())
-    context, run, fab = context_from_proto(given.context), run_from_proto(given.run), fab_from_proto(given.fab)
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, run.run_id, context.node_id
-    context.run_config = _config(run, fab)
+def _conduct_run(client: RuntimeHttpClient, app: ServerApp) -> None:
+    given = _task_input(client)
+    context, run = context_from_proto(given.context), run_from_proto(given.run)
+    context.run_config = _config(run, fab_from_proto(given.fab))
     context.state = RecordDict()
-    grid = _Grid(runtime.address, client)
-    grid.set_run(run)
-    app(grid, context)
-
-
-class _Grid(HttpGrid):
-    """Flower's grid on the task's own connection: it carries the machine's token and raises when a run is stopped."""
-
-    def __init__(self, address: str, client: RuntimeHttpClient) -> None:
-        super().__init__(address, insecure=True, token="unused")  # noqa: S106 - the connection has the task's token
-        self._client = client
-
-    def close(self) -> None:
-        """Leave the connection to its owner."""
+    app(RemoteGrid(client, run), context)
 
 
 class _Refused(Exception):  # noqa: N818 - control flow inside this module

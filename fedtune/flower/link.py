@@ -123,9 +123,10 @@ def _app(settings: LinkSettings, secret: bytes) -> Any:
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.main import create_app
 
-    from fedtune.flower import database
+    from fedtune.flower import database, object_files
 
     database.prepare()
+    object_files.prepare()
     return create_app(flower_config(settings, secret), SuperLinkLifespan)
 
 

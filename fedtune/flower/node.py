@@ -87,7 +87,6 @@ def serve(settings: NodeSettings) -> None:
     # Flower looks these names up in its modules when it uses them.
     vars(fleet_http_connection)["FleetHttpClient"] = _client_class(tls, settings.state / "node.number")
     vars(start_client_internal)["get_fused_config_from_fab"] = run_config
-    vars(start_client_internal)["time"] = SimpleNamespace(sleep=lambda wish: time.sleep(min(wish, settings.poll)))
     with _listening(settings.runtime_port) as listener:
         _run(settings, key, read_secret(settings.secret), listener)
 
@@ -95,11 +94,13 @@ def serve(settings: NodeSettings) -> None:
 def _run(settings: NodeSettings, key: EllipticCurvePrivateKey, secret: bytes, listener: socket.socket) -> None:
     from flwr.common.constant import ISOLATION_MODE_PROCESS
     from flwr.supercore.exit import add_exit_handler
-    from flwr.supernode.start_client_internal import start_client_internal
+    from flwr.supernode import start_client_internal
 
     from fedtune.flower.node_state import AnsweringStates
 
     states = AnsweringStates()
+    wait = states.state().wait
+    vars(start_client_internal)["time"] = SimpleNamespace(sleep=lambda wish: wait(min(wish, settings.poll)))
     server = runtime_server(states, secret)
     thread = threading.Thread(target=server.run, args=([listener],), name="runtime-api", daemon=True)
     thread.start()
@@ -113,7 +114,7 @@ def _run(settings: NodeSettings, key: EllipticCurvePrivateKey, secret: bytes, li
     write_whole(settings.ready, json.dumps({"pid": os.getpid(), "runtime": port}).encode() + b"\n")
     logger.info("runtime API on port %d; connecting to %s", port, settings.coordinator)
     try:
-        start_client_internal(
+        start_client_internal.start_client_internal(
             state_factory=states,
             server_address=settings.coordinator,
             node_config={},

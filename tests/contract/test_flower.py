@@ -21,7 +21,7 @@ from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from tests.support.flower_symbols import TRANSPORT
+from tests.support.flower_symbols import TRANSFER, TRANSPORT
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for top in ("fedtune", "server", "client") for path in sorted((ROOT / top).rglob("*.py"))]
@@ -68,7 +68,7 @@ def test_only_one_package_knows_what_flower_does_not_publish() -> None:
 
 def test_every_non_public_symbol_in_use_has_its_test_here() -> None:
     used = {".".join(found) for path in SOURCES for found in imported_from_flower(path) if found[0] not in PUBLIC}
-    assert used == NON_PUBLIC | TRANSPORT
+    assert used == NON_PUBLIC | TRANSPORT | TRANSFER
 
 
 def telemetry_after(module: str, **variables: str) -> list[str]:

@@ -43,19 +43,17 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
-from flwr.superlink.grid import HttpGrid
 from flwr.superlink.routers.fleet.node_auth import authenticate_node
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.main import create_app as create_supernode_app
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState, MessageEntry
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedtune.flower.fleet_gate import FLEET_PATHS
 from fedtune.flower.link import LinkSettings, flower_config
-from tests.support.flower_symbols import TRANSPORT
+from tests.support.flower_symbols import TRANSFER, TRANSPORT
 
 
 def source(thing: Any) -> str:
@@ -66,7 +64,7 @@ def names_used_as_globals(function: Callable[..., Any]) -> set[str]:
     return {node.id for node in ast.walk(ast.parse(inspect.cleandoc(source(function)))) if isinstance(node, ast.Name)}
 
 
-@pytest.mark.parametrize("symbol", sorted(TRANSPORT))
+@pytest.mark.parametrize("symbol", sorted(TRANSPORT | TRANSFER))
 def test_every_symbol_is_there(symbol: str) -> None:
     module, _, name = symbol.rpartition(".")
     assert hasattr(importlib.import_module(module), name) or importlib.import_module(symbol)
@@ -260,19 +258,6 @@ def test_a_supernode_waits_for_an_answer_without_end_which_is_why_the_node_has_a
 def test_the_task_types_are_those_that_the_executor_claims_to_refuse() -> None:
     assert {TaskType.CLIENT_APP, TaskType.SERVER_APP, TaskType.AGENT_APP} < set(TaskType)
     assert runtime_pb2.AcquireTaskRequest(supported_task_types=list(TaskType)).supported_task_types
-
-
-def test_pulling_a_task_stamps_the_process_and_returns_four_things() -> None:
-    text = source(pull_task_input)
-    assert "TaskIdentity.task_id = res.task_id" in text
-    assert "return message, context, run, fab" in text
-    assert list(inspect.signature(push_message).parameters) == ["client", "message", "context"]
-
-
-def test_the_grid_uses_the_connection_that_it_is_given() -> None:
-    text = source(HttpGrid._runtime_client.fget)
-    assert "if not self._is_connected:" in text
-    assert "self._client is not None" in source(HttpGrid._is_connected.fget)
 
 
 def test_flowers_clients_take_interceptors_that_see_and_change_a_request() -> None:
