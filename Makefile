@@ -6,7 +6,7 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench bench-dp bench-journal clean
+.PHONY: help demo test test-slow lint format bench bench-dp bench-journal bench-deployment clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ bench-dp: $(VENV)/.dev  ## Run the benchmark of the private step against PEFT, O
 
 bench-journal: $(VENV)/.dev  ## Run the benchmark of the journal against SQLite and a plain file
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.journal
+
+bench-deployment: $(VENV)/.dev  ## Run the benchmark of large adapters and short rounds against stock Flower
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.deployment
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -96,11 +96,13 @@ def _run(settings: NodeSettings, key: EllipticCurvePrivateKey, secret: bytes, li
     from flwr.supercore.exit import add_exit_handler
     from flwr.supernode import start_client_internal
 
-    from fedtune.flower.node_state import AnsweringStates
+    from fedtune.flower.node_state import AnsweringStates, sends_what_waits
 
     states = AnsweringStates()
     wait = states.state().wait
-    vars(start_client_internal)["time"] = SimpleNamespace(sleep=lambda wish: wait(min(wish, settings.poll)))
+    names = vars(start_client_internal)
+    names["_pull_and_store_message"] = sends_what_waits(names["_pull_and_store_message"], states.state())
+    names["time"] = SimpleNamespace(sleep=lambda wish: wait(min(wish, settings.poll)))
     server = runtime_server(states, secret)
     thread = threading.Thread(target=server.run, args=([listener],), name="runtime-api", daemon=True)
     thread.start()

@@ -10,6 +10,8 @@ connection.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from flwr.app import Message
 from flwr.proto.task_pb2 import Task
@@ -29,6 +31,12 @@ class AnsweringState(InMemoryNodeState):
         """Wait until a message or a part of one has come since the last wait, or for so long."""
         self._news.wait(seconds)
         self._news.clear()
+
+    def has_replies(self) -> bool:
+        """Whether a reply waits to be sent."""
+        with self.lock_msg_store:
+            entries = self.msg_store.values()
+            return any(entry.message.metadata.reply_to_message_id and not entry.is_retrieved for entry in entries)
 
     def store_message(self, message: Message) -> str | None:
         """Store a message."""
@@ -63,3 +71,17 @@ class AnsweringStates(NodeStateFactory):
     def state(self) -> AnsweringState:
         """Return the state."""
         return self._state
+
+
+def sends_what_waits(pull: Callable[..., int | None], state: AnsweringState) -> Callable[..., int | None]:
+    """Return a SuperNode's look for a message that also lets it send: what is not None makes it send replies.
+
+    Flower's sends after it has received, and then whatever reply is there first. The reply to a message whose run has
+    ended meanwhile may be that one; the reply that is waited for would then stay until the next message comes.
+    """
+
+    def look(**given: Any) -> int | None:
+        found = pull(**given)
+        return 0 if found is None and state.has_replies() else found
+
+    return look

@@ -198,6 +198,8 @@ def test_a_fab_is_a_hash_and_bytes() -> None:
 def test_the_supernode_looks_up_what_the_node_puts_in_place_of_its_own() -> None:
     assert "FleetHttpClient" in names_used_as_globals(fleet_http_connection.http_request_response)
     assert "get_fused_config_from_fab" in names_used_as_globals(start_client_internal._pull_and_store_message)
+    assert "_pull_and_store_message" in names_used_as_globals(start_client_internal.start_client_internal)
+    assert "if run_id is None:" in source(start_client_internal.start_client_internal)
     calls = {
         node.attr
         for node in ast.walk(ast.parse(source(start_client_internal)))

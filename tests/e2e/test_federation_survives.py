@@ -23,6 +23,7 @@ from tests.support.scenarios import SCENARIOS
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("FEDTUNE_KILLS", "1"))
+OWN = ("unshare", "-Urnmpf", "--mount-proc", "--kill-child")  # what is started in it ends with it
 LONG = {"coordinator down for 10 min"}
 
 
@@ -51,7 +52,7 @@ def test_whatever_is_killed_the_study_goes_on_and_no_committed_round_is_charged_
 
 @pytest.fixture(scope="session")
 def may_unshare() -> None:
-    tried = subprocess.run(["unshare", "-Urnm", "ip", "link"], check=False, capture_output=True)
+    tried = subprocess.run([*OWN, "ip", "link"], check=False, capture_output=True)
     if tried.returncode:
         pytest.skip("this machine lets no user make a network namespace of its own")
 
@@ -60,7 +61,7 @@ def may_unshare() -> None:
 @pytest.mark.usefixtures("may_unshare")
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if name not in LONG or os.environ.get("FEDTUNE_LONG")])
 def test_a_study_outlives(name: str, tmp_path: Path, record_property: Any) -> None:
-    command = ["unshare", "-Urnm", sys.executable, "-m", "tests.support.scenarios", name, str(tmp_path)]
+    command = [*OWN, sys.executable, "-m", "tests.support.scenarios", name, str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,7 +11,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtune.flower.node_state import AnsweringStates
+from fedtune.flower.node_state import AnsweringStates, sends_what_waits
 
 RUN = 7
 
@@ -51,3 +51,23 @@ def test_a_wait_ends_with_the_next_message_or_with_its_time() -> None:
     waiting.join(10)
     assert not waiting.is_alive()
     state.wait(0.01)
+
+
+def test_a_reply_that_waits_is_sent_though_no_message_comes() -> None:
+    state = AnsweringStates().state()
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN, SUPERLINK_NODE_ID
+    asked = Message(RecordDict(), 5, "train", ttl=60.0)
+    asked.metadata.__dict__["_message_id"] = "asked"
+    state.store_message(asked)
+    look = sends_what_waits(lambda **_: None, state)
+    assert look() is None
+    reply = Message(RecordDict(), reply_to=asked)
+    reply.metadata.__dict__["_message_id"] = "reply"
+    state.store_message(reply)
+    assert look() is not None  # control: Flower's own look says None, and the reply waits for the next message
+    assert [message.metadata.message_id for message in state.get_messages_legacy(is_reply=True)] == ["reply"]
+    assert look() is None
+
+
+def test_a_message_that_comes_is_worked_on_as_ever() -> None:
+    assert sends_what_waits(lambda **given: given["run"], AnsweringStates().state())(run=RUN) == RUN

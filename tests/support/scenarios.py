@@ -1,6 +1,6 @@
-"""Failures that need a machine of their own: run as a program inside a user, mount and network namespace.
+"""Failures that need a machine of their own: run as a program inside user, process, mount and network namespaces.
 
-    unshare -Urnm python -m tests.support.scenarios NAME FOLDER
+    unshare -Urnmpf --mount-proc --kill-child python -m tests.support.scenarios NAME FOLDER
 
 Prints one JSON object of what happened. In the namespace this process may mount a small disk for the coordinator and
 put a site behind a cable that can be cut; nothing outside sees either.
