@@ -234,11 +234,13 @@ def test_its_own_signal_handlers_are_gone_afterwards(place: Place) -> None:
 
 
 _PROGRAM = """
+import signal
 import sys
 from pathlib import Path
 from fedtune.processes import logs
 from fedtune.processes.supervisor import Supervisor
 from tests.support.children import Place
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests under nohup hands it down ignored
 place = Place(Path(sys.argv[1]))
 logs.setup("server")
 Supervisor([place.spec("a", "ready"), place.spec("b", *sys.argv[2:])]).run()
