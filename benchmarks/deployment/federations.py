@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.serde import fab_to_proto
 from flwr.proto.control_pb2 import ListRunsRequest, RegisterNodeRequest, StartRunRequest
@@ -23,6 +25,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from benchmarks.deployment.processes import Processes, free_port
+from fedtune.errors import TransportError
 from fedtune.flower.bundle import build
 from fedtune.flower.local_gate import make_secret, read_secret
 from fedtune.flower.submission import Control
@@ -220,12 +223,8 @@ class Stock:
         client = self._control()
         try:
             client.ListRuns(ListRunsRequest(limit=1))
-        except OSError:
+        except httpx.ConnectError:
             return False
-        except Exception as error:
-            if "connect" in type(error).__name__.lower():
-                return False
-            raise
         finally:
             client.close()
         return True
@@ -241,9 +240,21 @@ def _bytes(folder: Path, pattern: str) -> int:
 
 
 def _until_finished(processes: Processes, run: Any, seconds: float) -> None:
+    """Wait for a run's end; a question that is not answered is asked again, and said at the end."""
+    unanswered = 0
+
     def finished() -> bool:
+        nonlocal unanswered
         time.sleep(0.5)  # asking is work for the SuperLink too
-        found: str = run().status
+        try:
+            found: str = run().status
+        except (httpx.HTTPError, TransportError):
+            unanswered += 1
+            return False
         return found == "finished"
 
-    processes.until(finished, seconds)
+    try:
+        processes.until(finished, seconds)
+    finally:
+        if unanswered:
+            print(f"the SuperLink did not answer {unanswered} questions", file=sys.stderr, flush=True)

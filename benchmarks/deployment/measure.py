@@ -80,7 +80,8 @@ def _turns(peers: Sequence[str], repeats: int, measure: Callable[[str], dict[str
                 found[peer].append(measure(peer))
             except (RuntimeError, TimeoutError) as error:
                 found[peer].append(str(error).splitlines()[0])
-            print(f"{peer}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            took = time.monotonic() - began
+            print(f"{took:.0f} s: {peer}: {json.dumps(found[peer][-1])}", file=sys.stderr, flush=True)
     return found
 
 
