@@ -70,8 +70,10 @@ def trend_text(values: Sequence[float], width: int = 16) -> str:
     finite = [value for value in shown if math.isfinite(value)]
     if not finite:
         return " " * len(shown)
-    low, span = min(finite), max(finite) - min(finite)
-    return "".join(_bar((value - low) / span if span > 0 else 0.5) if math.isfinite(value) else " " for value in shown)
+    low, span = min(finite) / 2, max(finite) / 2 - min(finite) / 2  # halves: no difference of two floats overflows
+    return "".join(
+        _bar((value / 2 - low) / span if span > 0 else 0.5) if math.isfinite(value) else " " for value in shown
+    )
 
 
 def _bar(share: float) -> str:

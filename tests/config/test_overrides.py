@@ -108,8 +108,7 @@ def test_a_malformed_override_is_an_error_that_quotes_it(override: str, code: st
 @given(st.text(st.sampled_from("a=,[]'\"\\ \n+~$"), max_size=12))
 def test_any_argument_is_read_or_refused_and_never_crashes(override: str) -> None:
     try:
-        runs = expand_sweep([override])
+        for (item,) in expand_sweep([override]):
+            parse_override(item)
     except ConfigError:
         return
-    for (item,) in runs:
-        parse_override(item)
