@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtune.aggregation.algorithms import get_algorithm
 from fedtune.config.plan import PLAN_KEY, StudyPlan
 from fedtune.flower.messages import Description, Update, decode_instruction, encode_reply
 from fedtune.journal.chain import public_hex
@@ -39,7 +38,7 @@ def train(message: Message, context: Context) -> Message:
     """Answer with the adapter moved by a constant, and the events that so many rounds cost."""
     plan = _plan(str(context.run_config[PLAN_KEY]))
     instruction = decode_instruction(message.content, plan.sha256)
-    frozen = () if get_algorithm(plan.aggregation.algorithm).trains_a else (".lora_A.weight",)
+    frozen = () if plan.aggregation.algorithm == "fedit" else (".lora_A.weight",)
     state = {name: array + _STEP for name, array in instruction.adapter.items() if not name.endswith(frozen or "/")}
     events = (plan.promise.event(instruction.round * plan.training.local_steps),) if plan.promise.mode == "dp" else ()
     update = Update(

@@ -15,7 +15,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from benchmarks.simulation.rounds import RoundClock
-from fedtune.aggregation.algorithms import get_algorithm
+from fedtune.aggregation.assembly import assemble
+from fedtune.aggregation.lora.protocol import Turn
 from fedtune.config.plan import StudyPlan
 from fedtune.journal.ledger import Reservation
 from fedtune.model.layout import AdapterState
@@ -65,7 +66,8 @@ def _round(
     adapter: dict[str, Any],
     train: Callable[..., LocalResult],
 ) -> dict[str, Any]:
-    layout = get_algorithm(plan.aggregation.algorithm).trained(workspace.layout)
+    algorithm = assemble(plan.aggregation, plan.training, plan.lora, plan.seed)
+    layout = algorithm.site.trained(workspace.layout, Turn(number))
     states: list[AdapterState] = []
     for site, reservation in sites:
         assignment = Assignment(site.name, number, adapter, reservation)

@@ -6,7 +6,6 @@ It runs the plan it was given and nothing else. Whatever goes wrong leaves the s
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +13,7 @@ from functools import partial
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.aggregation.algorithms import Algorithm, get_algorithm
-from fedtune.aggregation.validation import validate
+from fedtune.aggregation.lora.protocol import SiteState, Turn
 from fedtune.errors import MessageError
 from fedtune.evaluation.site_metrics import event_of_evaluation, refuse_unplanned
 from fedtune.flower.messages import (
@@ -29,17 +27,20 @@ from fedtune.flower.messages import (
     refusal_of,
 )
 from fedtune.journal.ledger import Commitment, Reservation
+from fedtune.privacy.accounting import Event
 from fedtune.simulation.sites import SiteData
 from fedtune.training.evaluate import HeldOut, measure
-from fedtune.training.local import Assignment, event_of_round, train_round
+from fedtune.training.local import Assignment, LocalResult, event_of_round, train_round
 from fedtune_client.authority import Round
 from fedtune_client.channel import answered
 from fedtune_client.site import Site, open_resident, open_site, plan_of, study_of
-from fedtune_client.updates import Payload, digest_of
+from fedtune_client.updates import Payload, as_bytes, digest_of
+from fedtune_client.updating import Exchange, after_training, received, to_keep, to_send
 
 app = ClientApp()
 logger = logging.getLogger("fedtune.site")
 
+_PART, _START, _PAYLOAD = "part/", "part-start", "part-payload"  # what a round of several exchanges keeps
 Answer = Description | Update | Evaluation | Refusal
 
 
@@ -91,39 +92,74 @@ def _act(kind: str, context: Context, act: Callable[[Site, Instruction], Answer]
 def _describe(site: Site, _instruction: Instruction) -> Answer:
     units, data = site.units, site.data.data_sha256
     spent = site.authority.spent(site.plan).events
-    return Description(site.plan.sha256, site.name, units, data, spent, site.authority.head())
+    return Description(site.plan.sha256, site.name, units, data, spent, site.authority.head(), site.most_rank)
 
 
 def _train(site: Site, instruction: Instruction) -> Answer:
     plan, number = site.plan, instruction.round
     if not 1 <= number <= plan.federation.rounds:
         raise MessageError("wrong-round", f"round {number} is not one of the plan's {plan.federation.rounds}")
-    algorithm = _checked(site, instruction)
+    exchange = received(site, instruction, number)
+    if instruction.standing.part:
+        return _later_part(site, exchange)
     earlier = site.memory.before(number)
-    start = digest_of({**instruction.adapter, **earlier})
-    claim = _claim(site, Round(plan, number, "training", start, event_of_round(plan)))
+    asked = Round(plan, number, "training", digest_of({**exchange.inputs(), **earlier}), event_of_round(plan))
+    claim = _claim(site, asked)
     if isinstance(claim, Commitment):
-        return _update(site, number, claim, site.authority.stored(claim))
-    assignment = Assignment(site.name, number, instruction.adapter, claim.reservation, earlier)
-    layouts = algorithm.trained(site.workspace.layout), algorithm.upload(site.workspace.layout)
-    result = train_round(plan, site.workspace, claim.data.train, assignment, layouts, claim.data.units)
+        return _update(site, exchange.turn, claim, site.authority.stored(claim))
+    assignment = Assignment(site.name, number, exchange.start, claim.reservation, earlier, exchange.variates)
+    layouts = exchange.trained, exchange.trained
+    result = train_round(plan, exchange.workspace, claim.data.train, assignment, layouts, claim.data.units)
     site.memory.keep(number, result.optimizer_state)
-    payload = Payload(result.state, site.authority.spent_by(claim.reservation).events).to_bytes()
-    return _update(site, number, site.authority.commit(claim.reservation, payload), payload)
+    payload = _payload(site, exchange, asked, result, site.authority.spent_by(claim.reservation).events)
+    return _update(site, exchange.turn, site.authority.commit(claim.reservation, payload), payload)
+
+
+def _payload(site: Site, exchange: Exchange, asked: Round, result: LocalResult, events: tuple[Event, ...]) -> bytes:
+    """Return the bytes that are committed; what the site keeps for itself is on disk before they are."""
+    trained = after_training(exchange, result)
+    message, residuals = to_send(site, exchange, trained)
+    kept = to_keep(exchange, trained, result, residuals)
+    if exchange.algorithm.traits.exchanges == 1:
+        payload = Payload(message, events).to_bytes()
+    else:  # what later parts are made of is committed with the first one, and stays here
+        payload = Payload(
+            {**message, **{_PART + name: trained.adapter[name] for name in trained.adapter}}, events
+        ).to_bytes()
+        kept |= {_START: as_bytes(asked.start.encode()), _PAYLOAD: as_bytes(payload)}
+    site.kept.keep(exchange.turn.number, exchange.counted, kept)
+    return payload
+
+
+def _later_part(site: Site, exchange: Exchange) -> Answer:
+    """Answer a later exchange of a round from what its training has committed; nothing is trained or charged again."""
+    held = site.kept.at(exchange.turn.number)
+    if _PAYLOAD not in held:
+        raise MessageError("wrong-round", f"round {exchange.turn.number} has no first part here")
+    start, payload = held[_START].tobytes().decode(), held[_PAYLOAD].tobytes()
+    asked = Round(site.plan, exchange.turn.number, "training", start, event_of_round(site.plan))
+    commitment = site.authority.made(asked)
+    if commitment is None:
+        raise MessageError("wrong-round", f"round {exchange.turn.number} was not committed here")
+    committed = Payload.from_bytes(site.authority.send(commitment, payload))
+    trained = {name.removeprefix(_PART): array for name, array in committed.arrays.items() if name.startswith(_PART)}
+    message, _ = to_send(site, exchange, SiteState(trained, exchange.state.memory))
+    turn = exchange.turn
+    return Update(site.plan.sha256, site.name, turn.number, message, committed.events, site.authority.head(), turn.part)
 
 
 def _evaluate(site: Site, instruction: Instruction) -> Answer:
     plan, number = site.plan, instruction.round
     refuse_unplanned(plan, number)
-    _checked(site, instruction)
+    exchange = received(site, instruction, number + 1)
     cost, claim = event_of_evaluation(plan), None
     if cost is not None:
-        claim = _claim(site, Round(plan, number, "metrics", digest_of(instruction.adapter), cost))
+        claim = _claim(site, Round(plan, number, "metrics", digest_of(exchange.start), cost))
     if isinstance(claim, Commitment):
         return _evaluation(site, number, claim, site.authority.stored(claim))
     data, reservation = (site.data, None) if claim is None else (claim.data, claim.reservation)
     held_out = HeldOut(site.name, data.held_out, data.held_out_units)
-    measured = measure(plan, site.workspace, held_out, number, instruction.adapter, reservation).to_arrays()
+    measured = measure(plan, exchange.workspace, held_out, number, exchange.start, reservation).to_arrays()
     if reservation is None:
         return Evaluation(plan.sha256, site.name, number, measured, site.authority.head())
     payload = Payload(measured, ()).to_bytes()
@@ -140,21 +176,14 @@ def _claim(site: Site, asked: Round) -> _Claim | Commitment:
     return _Claim(site.authority.reserve(asked, data.data_sha256), data)
 
 
-def _update(site: Site, number: int, commitment: Commitment, payload: bytes) -> Update:
+def _update(site: Site, turn: Turn, commitment: Commitment, payload: bytes) -> Update:
     """Return the message that carries a committed update: the same for every time that it is asked for."""
     held = Payload.from_bytes(site.authority.send(commitment, payload))
-    return Update(site.plan.sha256, site.name, number, held.arrays, held.events, site.authority.head())
+    sent = {name: array for name, array in held.arrays.items() if not name.startswith(_PART)}
+    return Update(site.plan.sha256, site.name, turn.number, sent, held.events, site.authority.head())
 
 
 def _evaluation(site: Site, number: int, commitment: Commitment, payload: bytes) -> Evaluation:
     """Return the message that carries committed metrics."""
     held = Payload.from_bytes(site.authority.send(commitment, payload))
     return Evaluation(site.plan.sha256, site.name, number, held.arrays, site.authority.head())
-
-
-def _checked(site: Site, instruction: Instruction) -> Algorithm:
-    """Refuse an adapter that is not exactly what the plan's algorithm sends down; a frozen A is never taken from it."""
-    algorithm = get_algorithm(site.plan.aggregation.algorithm)
-    layout = algorithm.download(site.workspace.layout)
-    validate(instruction.adapter, layout, max_norm=math.inf, reference=site.workspace.initial)
-    return algorithm

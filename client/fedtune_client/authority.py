@@ -48,7 +48,7 @@ class Authority:
     """One site's journal, vault and adopted policy, asked before anything is read, spent or sent."""
 
     def __init__(self, journal: Journal, vault: Vault, heads_file: Path, clock: Clock = utc_now) -> None:
-        self.journal, self._vault, self._clock = journal, vault, clock
+        self.journal, self.vault, self._clock = journal, vault, clock
         self._heads_file = heads_file
         self._ledger = Ledger(journal)
         with self.journal:
@@ -86,7 +86,12 @@ class Authority:
         with self.journal:
             charge, _ = self._charge(asked)
             known = self._ledger.earlier(charge)
-            return known if known is not None and self._vault.has(self._item(known.sequence)) else None
+            return known if known is not None and self.vault.has(self._item(known.sequence)) else None
+
+    def made(self, asked: Round) -> Commitment | None:
+        """Return what was committed for the same round from the same input, wherever its bytes are."""
+        with self.journal:
+            return self._ledger.earlier(self._charge(asked)[0])
 
     def check(self, asked: Round) -> None:
         """Refuse a round that would pass a cap, before a record is read; as `permit` and `Ledger.check`."""
@@ -113,14 +118,14 @@ class Authority:
         with self.journal:
             event = reservation.charge.event
             if event is not None and event.noise == "secure":
-                self._vault.put(self._item(reservation.sequence), payload)
+                self.vault.put(self._item(reservation.sequence), payload)
             commitment = self._ledger.commit(reservation, digest(payload), len(payload))
             self._drop_old(reservation.charge)
             return commitment
 
     def stored(self, commitment: Commitment) -> bytes:
         """Return the bytes of an update that was committed before."""
-        return self._vault.get(self._item(commitment.sequence))
+        return self.vault.get(self._item(commitment.sequence))
 
     def send(self, commitment: Commitment, payload: bytes) -> bytes:
         """Write down that a payload is handed over, and return it; only what was committed can be."""
@@ -198,10 +203,10 @@ class Authority:
     def _drop_old(self, charge: Charge) -> None:
         """Remove a study's payloads that nobody can ask for again, those that a kill left uncommitted among them."""
         committed, prefix = self.journal.state.committed, _prefix(charge.purpose, charge.plan)
-        held = [name for name in self._vault.names() if name.startswith(prefix)]
+        held = [name for name in self.vault.names() if name.startswith(prefix)]
         usable = [name for name in held if int(name.removeprefix(prefix)) in committed]
         for name in set(held) - set(usable[-KEPT:]):
-            self._vault.remove(name)
+            self.vault.remove(name)
 
     def _item(self, sequence: int) -> str:
         """Return the name under which the vault keeps what a reservation has produced."""

@@ -1,7 +1,7 @@
-"""What a site keeps of its optimiser between rounds, for `training.optimizer_state=keep`.
+"""What a site keeps of a study between rounds: its optimiser's moments, tensors of its own, and what it was sent.
 
-One file a round, whole or absent; a round starts from the newest state of an earlier round, so that a round repeated
-after a crash starts from where it started the first time.
+One file or vault item a round, whole or absent. A round starts from what an earlier one left, so that a round repeated
+after a crash starts from where it started the first time. Knows no algorithm.
 """
 
 from __future__ import annotations
@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from fedtune.config.machine import Machine
+from fedtune.config.plan import StudyPlan
+from fedtune.errors import MessageError
+from fedtune.model.base import open_base
 from fedtune.run.files import make_folder, write_whole
+from fedtune.simulation.estimate import largest_rank
+from fedtune_client.vault import Vault
 
+Arrays = Mapping[str, NDArray[Any]]
 _KEPT = 3
 
 
@@ -41,6 +49,92 @@ class OptimizerMemory:
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("optimizer-*.safetensors"))
+
+
+@dataclass(frozen=True, slots=True)
+class KeptTensors:
+    """What never leaves the site as it is: a factor or a head of its own, variates, residuals; encrypted in the vault.
+
+    Rounds that the coordinator has not counted leave nothing behind: the next one starts from the last that it has.
+    """
+
+    vault: Vault
+    plan_sha256: str
+
+    def after(self, counted: int) -> Arrays:
+        """Return what the newest round up to `counted` has left; empty without one."""
+        rounds = [number for number in self._rounds() if number <= counted]
+        return load(self.vault.get(self._item(rounds[-1]))) if rounds else {}
+
+    def at(self, number: int) -> Arrays:
+        """Return what round `number` has left; empty where it left nothing."""
+        return load(self.vault.get(self._item(number))) if number in self._rounds() else {}
+
+    def keep(self, number: int, counted: int, tensors: Arrays) -> None:
+        """Keep what round `number` leaves; what is older than the last counted round is removed."""
+        if not tensors:
+            return
+        self.vault.put(self._item(number), save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
+        usable = [known for known in self._rounds() if known <= counted]
+        for old in usable[:-_KEPT]:
+            self.vault.remove(self._item(old))
+
+    def _rounds(self) -> list[int]:
+        return sorted(int(name.removeprefix(self._prefix)) for name in self.vault.names() if self._is_ours(name))
+
+    def _is_ours(self, name: str) -> bool:
+        return name.startswith(self._prefix)
+
+    def _item(self, number: int) -> str:
+        return f"{self._prefix}{number:06d}"
+
+    @property
+    def _prefix(self) -> str:
+        return f"kept-{self.plan_sha256[:16]}-"
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedStates:
+    """What a site was sent, by the coordinator's mark, so that later messages need only say what has changed."""
+
+    folder: Path
+
+    def get(self, mark: str) -> tuple[Arrays, Arrays]:
+        """Return the adapter and the algorithm's memory kept under a mark; `message.lacks-state` without them."""
+        path = self._path(mark)
+        if not path.exists():
+            raise MessageError("lacks-state", "the message builds on a state that this site has not kept")
+        arrays = load(path.read_bytes())
+        groups: dict[str, dict[str, NDArray[Any]]] = {"adapter": {}, "memory": {}}
+        for key, array in arrays.items():
+            group, _, name = key.partition("/")
+            groups[group][name] = array
+        return groups["adapter"], groups["memory"]
+
+    def keep(self, mark: str, adapter: Arrays, memory: Arrays) -> None:
+        """Keep a state under a mark; the newest few stay."""
+        path = self._path(mark)
+        if path.exists():
+            return
+        make_folder(self.folder)
+        groups = {"adapter": adapter, "memory": memory}
+        arrays = {f"{group}/{name}": array for group, found in groups.items() for name, array in found.items()}
+        write_whole(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+        known = sorted(self.folder.glob("received-*.safetensors"), key=lambda one: one.stat().st_mtime_ns)
+        for old in known[:-_KEPT]:
+            old.unlink()
+
+    def _path(self, mark: str) -> Path:
+        return self.folder / f"received-{mark}.safetensors"
+
+
+def most_rank(plan: StudyPlan, machine: Machine, folder: Path) -> int:
+    """Return the largest rank that this machine's memory holds, the same for a study from its first question on."""
+    path = folder / "rank"
+    if not path.exists():
+        make_folder(folder)
+        write_whole(path, f"{largest_rank(plan, open_base(Path(machine.model_folder)))}\n".encode())
+    return int(path.read_text(encoding="ascii"))
 
 
 def _round_of(path: Path) -> int:

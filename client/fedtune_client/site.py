@@ -38,7 +38,7 @@ from fedtune_client import asked
 from fedtune_client.authority import Authority
 from fedtune_client.folder import ENVIRONMENT_VARIABLE, OpenSite, SiteFolder, open_site_folder
 from fedtune_client.machine import machine_of
-from fedtune_client.memory import OptimizerMemory
+from fedtune_client.memory import KeptTensors, OptimizerMemory, ReceivedStates, most_rank
 from fedtune_client.policy.plans import read_plan
 from fedtune_client.records import SiteRecords
 from fedtune_client.simulated import open_simulated
@@ -59,14 +59,22 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Everything a site needs to answer a message; `load` reads its records, or refuses to."""
+    """Everything a site needs to answer a message; `load` reads its records, or refuses to.
+
+    `workspace` is at the plan's rank, `open_workspace` gives those of others; `most_rank` is the largest that the
+    machine holds, 0 where the plan does not leave the rank to the sites.
+    """
 
     plan: StudyPlan
     name: str
     workspace: Workspace
     authority: Authority
     memory: OptimizerMemory
+    kept: KeptTensors
+    received: ReceivedStates
+    open_workspace: Callable[[int], Workspace]
     load: Callable[[], SiteData]
+    most_rank: int = 0
 
     @property
     def data(self) -> SiteData:
@@ -117,7 +125,7 @@ def _simulated_site(plan: StudyPlan, machine: Machine, index: int, receipt: Rece
     authority = open_simulated(folder, plan, data)
     authority.witness(receipt)
     authority.admit(plan)
-    return Site(plan, data.name, workspace, authority, OptimizerMemory(folder), lambda: data)
+    return _site(plan, machine, data.name, authority, folder, lambda: data)
 
 
 def _real_site(plan: StudyPlan, resident: Resident, receipt: Receipt | None) -> Site:
@@ -126,7 +134,29 @@ def _real_site(plan: StudyPlan, resident: Resident, receipt: Receipt | None) -> 
     machine = _admitted(plan, folder, authority)
     workspace = open_workspace(plan, machine)
     load = partial(_permitted, plan, authority, resident.records, workspace)
-    return Site(plan, resident.site.facts.name, workspace, authority, OptimizerMemory(folder.study(plan.sha256)), load)
+    return _site(plan, machine, resident.site.facts.name, authority, folder.study(plan.sha256), load)
+
+
+def _site(
+    plan: StudyPlan,
+    machine: Machine,
+    name: str,
+    authority: Authority,
+    folder: Path,
+    load: Callable[[], SiteData],
+) -> Site:
+    return Site(
+        plan,
+        name,
+        open_workspace(plan, machine),
+        authority,
+        OptimizerMemory(folder),
+        KeptTensors(authority.vault, plan.sha256),
+        ReceivedStates(folder),
+        partial(open_workspace, plan, machine),
+        load,
+        most_rank(plan, machine, folder) if plan.lora.ranks == "hardware" else 0,
+    )
 
 
 def _admitted(plan: StudyPlan, folder: SiteFolder, authority: Authority) -> Machine:

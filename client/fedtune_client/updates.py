@@ -55,3 +55,8 @@ def digest_of(arrays: Arrays) -> str:
         found.update(f"{name}\n{array.dtype.str}\n{array.shape}\n".encode())
         found.update(array.tobytes())
     return found.hexdigest()
+
+
+def as_bytes(data: bytes) -> NDArray[np.uint8]:
+    """Return bytes as an array that can be kept among others."""
+    return np.frombuffer(data, np.uint8)

@@ -68,7 +68,7 @@ def _document(resolved: "Resolved") -> dict[str, Any]:
         },
         "sites": [{"name": site.name, "units": site.units, "held_out": site.held_out} for site in resolved.sites],
         "trainable_parameters": study.adapter.trained,
-        "bytes_per_round": {"up": 4 * study.adapter.upload, "down": 4 * study.adapter.download},
+        "bytes_per_round": {"up": study.adapter.upload_bytes, "down": 4 * study.adapter.download},
         "memory_bytes": memory_bytes(study, resolved.base),
         "warnings": list(resolved.warnings),
     }

@@ -58,11 +58,15 @@ class ModelPlan(Section):
 
 
 class AdapterPlan(Section):
-    """The adapter's size in numbers: held, trained, sent up and sent down a round; and the hash of its layout."""
+    """The adapter's size in numbers: held, and the most trained, sent up and sent down a round; its layout's hash.
+
+    `upload_bytes` is what the numbers that go up weigh, as the plan has them written.
+    """
 
     numbers: int
     trained: int
     upload: int
+    upload_bytes: int
     download: int
     layout_sha256: str
 

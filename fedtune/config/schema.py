@@ -113,10 +113,13 @@ class LoraSettings(Section):
     """Low-rank adaptation W = W0 + (alpha / rank)·B·A; `targets` names modules, `auto` is PEFT's choice.
 
     `layers` restricts it to some layers, counted from 0. `init` is where A starts: `uniform` as in PEFT, or with
-    `orthonormal` rows.
+    `orthonormal` rows. `ranks` lets sites have ranks of their own up to `rank`, at the same scale: one a site in site
+    order, or `hardware`, the largest from `min_rank` that a site's memory holds.
     """
 
     rank: int = Field(8, ge=1, le=1024)
+    ranks: Literal["hardware"] | tuple[Annotated[int, Field(ge=1, le=1024)], ...] | None = None
+    min_rank: int = Field(1, ge=1, le=1024)
     alpha: float = Field(16.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Targets = "auto"
@@ -168,6 +171,10 @@ class TrainingSettings(Section):
     q and the rounded N are public, so this costs no privacy). With automatic clipping the gradients grow with C as the
     noise does, so whoever multiplies `clip_norm` by k multiplies `noise_limit` by k and divides the rates by k.
     `optimizer_state=keep` carries the site optimiser's moments to the site's next round.
+
+    `proximal` is FedProx' µ: a pull towards the adapter that the round began with, µ·(w − x), added to the gradient
+    after the noise. `variates=scaffold` corrects each step by SCAFFOLD's control variates, which are made of noised
+    gradients and sent beside the update.
     """
 
     sampler: Literal["poisson", "shuffle"] = "poisson"
@@ -184,6 +191,8 @@ class TrainingSettings(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     noise_limit: float | None = Field(None, gt=0)
     optimizer_state: Literal["reset", "keep"] = "reset"
+    proximal: float = Field(0.0, ge=0, le=1e6)
+    variates: Literal["none", "scaffold"] = "none"
     autocast: Literal["bfloat16"] | None = None
     gradient_checkpointing: bool = False
 
@@ -194,9 +203,44 @@ class AggregationSettings(Section):
     `weights` are the plan's, one a site in site order, or `equal`; never a count that a site claims. `max_update_norm`
     bounds the L2 norm of an accepted difference. `average_last` releases the mean of the last so many adapters
     (post-processing, costs no privacy; 1 releases the last).
+
+    `oversampling` and `train_both` are of `fedask`: columns of a sketch beyond the rank, and whether sites train A too.
+    `local_head` leaves the head out of every message: each site trains and keeps its own.
+
+    `robust` takes the place of the mean, for up to `attackers` sites that send anything; `robust_threshold` is the
+    length to which `norm_clip` shortens updates (null: the median of the lengths), `robust_chosen` how many updates
+    `multi_krum` averages (null: all but the attackers).
+
+    `upload` is how a site writes the numbers that it sends, as differences to what it received, after the noise;
+    `upload_keep` sends only that share of them, those of largest magnitude, and `error_feedback` adds what was left
+    out to the site's next update.
     """
 
-    algorithm: Literal["fedit", "ffa", "fedsvd"] = "fedit"
+    algorithm: Literal[
+        "fedit",
+        "ffa",
+        "rolora",
+        "fedsvd",
+        "fedsa",
+        "flora",
+        "fedex",
+        "flexlora",
+        "hetlora",
+        "fedsb",
+        "fedask",
+    ] = "fedit"
+    oversampling: int = Field(8, ge=0, le=1024)
+    train_both: bool = False
+    local_head: bool = False
+    robust: Literal[
+        "none", "median", "trimmed_mean", "geometric_median", "krum", "multi_krum", "bulyan", "norm_clip"
+    ] = "none"
+    attackers: int = Field(0, ge=0)
+    robust_threshold: float | None = Field(None, gt=0)
+    robust_chosen: int | None = Field(None, ge=1)
+    upload: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    upload_keep: float = Field(1.0, gt=0, le=1)
+    error_feedback: bool = False
     server_optimizer: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
     server_learning_rate: float = Field(1.0, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)

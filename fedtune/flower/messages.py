@@ -1,4 +1,4 @@
-"""The messages of one study, schema 1: what a coordinator asks and what a site answers.
+"""The messages of one study, schema 2: what a coordinator asks and what a site answers.
 
 An instruction is `describe`, `train` or `evaluate`; a site answers with a description, an update, an evaluation, or a
 refusal that carries a code and no text. Every message names the plan's SHA-256, so that a message of another study is
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,17 +26,36 @@ from fedtune.journal.witness import Head, Receipt
 from fedtune.model.layout import AdapterState
 from fedtune.privacy.accounting import Event
 
-SCHEMA = 1
+SCHEMA = 2
 _HEADER = "fedtune"
 _ARRAYS = "arrays"
 _RECEIPT = "receipt"
 _MAX_TEXT = 1_000_000
 _MAX_CODE = 64
+LACKS_STATE = "message.lacks-state"  # what a site says that has not kept what a message builds on
 CODE = re.compile(r"[a-z]{1,20}\.[a-z0-9-]{1,43}")
+_MARK = re.compile(r"[0-9a-f]{16,64}")
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Scalar = TypeVar("Scalar", str, int)
 Signed = TypeVar("Signed", Head, Receipt)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where the coordinator takes a site to stand: the part of a message that is the site's own.
+
+    `part` counts the exchanges of a round from 0, `rank` is the site's (0 is the plan's), `counted` the last round
+    whose update of this site was taken. The arrays are what has changed after round `since`, on top of the state that
+    the site keeps under `base` (nothing but the plan where it is empty); what they make is to be kept under `mark`.
+    """
+
+    part: int = 0
+    rank: int = 0
+    counted: int = 0
+    since: int = 0
+    base: str = ""
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +70,15 @@ class Instruction:
     round: int
     adapter: AdapterState
     receipt: Receipt | None = None
+    standing: Standing = Standing()
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """Who a site is and what it has spent on this study: `units` is the public, rounded number of privacy units."""
+    """Who a site is and what it has spent on this study: `units` is the public, rounded number of privacy units.
+
+    `rank` is the largest that its machine holds, where the plan leaves that to the sites, else 0.
+    """
 
     plan_sha256: str
     site: str
@@ -63,18 +86,23 @@ class Description:
     data_sha256: str
     events: tuple[Event, ...]
     head: Head
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A site's adapter after its local steps; `events` are all mechanism events the site has spent in this study."""
+    """What a site sends after its local steps; `events` are all mechanism events the site has spent in this study.
+
+    `state` holds float32 tensors, or the bytes of the plan's codec.
+    """
 
     plan_sha256: str
     site: str
     round: int
-    state: AdapterState
+    state: Mapping[str, NDArray[Any]]
     events: tuple[Event, ...]
     head: Head
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +124,21 @@ class Refusal:
 
 
 def encode_instruction(instruction: Instruction) -> RecordDict:
-    """Encode an instruction; the arrays are encoded once and may be shared between the messages of a round."""
-    header = _header("instruction", instruction.plan_sha256, round=instruction.round)
-    return with_receipt(RecordDict({_HEADER: header, _ARRAYS: to_record(instruction.adapter)}), instruction.receipt)
+    """Encode an instruction."""
+    return encode_instructions({0: instruction})[0]
+
+
+def encode_instructions(instructions: Mapping[int, Instruction]) -> dict[int, RecordDict]:
+    """Encode the instructions of a round by node; those with the same adapter, as an object, share its record."""
+    arrays = {id(one.adapter): one.adapter for one in instructions.values()}
+    records = {key: to_record(adapter) for key, adapter in arrays.items()}
+    return {node: _encoded(one, records[id(one.adapter)]) for node, one in instructions.items()}
+
+
+def _encoded(instruction: Instruction, arrays: ArrayRecord) -> RecordDict:
+    standing = asdict(instruction.standing)
+    header = _header("instruction", instruction.plan_sha256, round=instruction.round, **standing)
+    return with_receipt(RecordDict({_HEADER: header, _ARRAYS: arrays}), instruction.receipt)
 
 
 def with_receipt(content: RecordDict, receipt: Receipt | None) -> RecordDict:
@@ -112,7 +152,8 @@ def decode_instruction(content: RecordDict, plan_sha256: str) -> Instruction:
     """Decode an instruction of this plan, or refuse it."""
     others = RecordDict({name: record for name, record in content.items() if name != _RECEIPT})
     header, arrays = _open(others, "instruction", plan_sha256)
-    return Instruction(plan_sha256, _field(header, "round", int), _float32(arrays), _receipt(content))
+    number = _field(header, "round", int)
+    return Instruction(plan_sha256, number, _float32(arrays), _receipt(content), _standing(header))
 
 
 def encode_reply(reply: Description | Update | Evaluation | Refusal) -> RecordDict:
@@ -120,13 +161,13 @@ def encode_reply(reply: Description | Update | Evaluation | Refusal) -> RecordDi
     if isinstance(reply, Refusal):
         return RecordDict({_HEADER: ConfigRecord({"schema": SCHEMA, "kind": "refusal", "code": reply.code})})
     if isinstance(reply, Description):
-        header = _header("description", reply.plan_sha256, site=reply.site, units=reply.units)
+        header = _header("description", reply.plan_sha256, site=reply.site, units=reply.units, rank=reply.rank)
         header["data_sha256"] = reply.data_sha256
         header["events"] = _dump_events(reply.events)
         header["head"] = _dump(reply.head.to_dict())
         return RecordDict({_HEADER: header, _ARRAYS: to_record({})})
     if isinstance(reply, Update):
-        header = _header("update", reply.plan_sha256, site=reply.site, round=reply.round)
+        header = _header("update", reply.plan_sha256, site=reply.site, round=reply.round, part=reply.part)
         header["events"] = _dump_events(reply.events)
         header["head"] = _dump(reply.head.to_dict())
         return RecordDict({_HEADER: header, _ARRAYS: to_record(reply.state)})
@@ -150,6 +191,7 @@ def decode_description(content: RecordDict, plan_sha256: str) -> Description | R
         _field(header, "data_sha256", str),
         _load_events(_field(header, "events", str)),
         _head(header),
+        _field(header, "rank", int),
     )
 
 
@@ -160,7 +202,7 @@ def decode_update(content: RecordDict, plan_sha256: str) -> Update | Refusal:
     header, arrays = _open(content, "update", plan_sha256)
     site, number = _field(header, "site", str), _field(header, "round", int)
     events = _load_events(_field(header, "events", str))
-    return Update(plan_sha256, site, number, _float32(arrays), events, _head(header))
+    return Update(plan_sha256, site, number, _numbers(arrays), events, _head(header), _field(header, "part", int))
 
 
 def decode_evaluation(content: RecordDict, plan_sha256: str) -> Evaluation | Refusal:
@@ -242,6 +284,22 @@ def _float32(arrays: dict[str, NDArray[Any]]) -> AdapterState:
         if value.dtype != np.float32:
             raise MessageError("wrong-dtype", f"adapter tensor {name!r} is {value.dtype}, not float32")
     return arrays
+
+
+def _numbers(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Let through what an update may be written in; which of the two the plan says is checked with the layout."""
+    for name, value in arrays.items():
+        if value.dtype not in {np.dtype(np.float32), np.dtype(np.uint8)}:
+            raise MessageError("wrong-dtype", f"adapter tensor {name!r:.80} is {value.dtype}")
+    return arrays
+
+
+def _standing(header: ConfigRecord) -> Standing:
+    part, rank, counted, since = (_field(header, name, int) for name in ("part", "rank", "counted", "since"))
+    found = Standing(part, rank, counted, since, _field(header, "base", str), _field(header, "mark", str))
+    if any(mark and not _MARK.fullmatch(mark) for mark in (found.base, found.mark)):
+        raise MessageError("wrong-field", "a kept state is named by other signs than a hash has")
+    return found
 
 
 def _dump(value: Any) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 
 from fedtune.config.schema import LoraSettings
 from fedtune.errors import ModelError
+from fedtune.model.cores import add_cores
 from fedtune.model.dropout import replace_dropout
 from fedtune.model.layout import AdapterLayout, AdapterState, Array, Role, TensorSpec
 from fedtune.privacy.random import SeededSource
@@ -25,8 +26,11 @@ _ADAPTER = "default"
 _TASK_TYPES = {"none": "CAUSAL_LM", "architecture": "SEQ_CLS", "pooled": "FEATURE_EXTRACTION"}
 
 
-def adapt(model: nn.Module, lora: LoraSettings, head: str, fresh: Sequence[str]) -> nn.Module:
-    """Wrap a model with LoRA; `fresh` are modules the checkpoint did not hold, which are trained and saved in full."""
+def adapt(model: nn.Module, lora: LoraSettings, head: str, fresh: Sequence[str], *, cores: bool = False) -> nn.Module:
+    """Wrap a model with LoRA; `fresh` are modules the checkpoint did not hold, which are trained and saved in full.
+
+    With `cores` every layer has the trained core of `fedsb` between its factors.
+    """
     from peft import LoraConfig, get_peft_model
 
     _check_layers(model, lora)
@@ -51,13 +55,24 @@ def adapt(model: nn.Module, lora: LoraSettings, head: str, fresh: Sequence[str])
     _check_every_target(adapted, lora)
     _refuse_tied(adapted)
     replace_dropout(adapted)
+    if cores:
+        add_cores(adapted)
     return adapted
 
 
 def canonical_name(parameter: str) -> str:
     """Return the name under which PEFT saves a parameter."""
-    name = parameter.removeprefix("backbone.")
+    name = parameter.removeprefix("backbone.").replace(f".lora_B.{_ADAPTER}.core.weight", ".lora_R.weight")
     return name.replace(f".modules_to_save.{_ADAPTER}.", ".").replace(f".{_ADAPTER}.weight", ".weight")
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Return PEFT's layers by the name that the layout has for them."""
+    return {
+        canonical_name(f"{name}.lora_A.{_ADAPTER}.weight").removesuffix(".lora_A.weight"): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
 
 
 def layout_of(parameters: Iterable[tuple[str, tuple[int, ...]]]) -> AdapterLayout:
@@ -66,7 +81,7 @@ def layout_of(parameters: Iterable[tuple[str, tuple[int, ...]]]) -> AdapterLayou
 
 
 def initial_factors(layout: AdapterLayout, start: str, seed: int) -> AdapterState:
-    """Return the LoRA start of a study: B zero, A by `lora.init` from the plan's seed.
+    """Return the LoRA start of a study: B (and a core) zero, A by `lora.init` from the plan's seed.
 
     `uniform` is ±1/√d_in in each place, PEFT's own distribution. `orthonormal` has orthonormal rows, what `fedsvd`
     keeps A at; (with rank above d_in the rows are orthonormal columns instead). Drawn with NumPy from the seed and the
@@ -76,7 +91,7 @@ def initial_factors(layout: AdapterLayout, start: str, seed: int) -> AdapterStat
 
 
 def _initial(spec: TensorSpec, start: str, seed: int) -> Array:
-    if spec.role == "lora_B":
+    if spec.role in {"lora_B", "lora_R"}:
         return np.zeros(spec.shape, dtype=np.float32)
     source = SeededSource("lora_A", seed, spec.name)
     if start == "orthonormal":
@@ -95,7 +110,7 @@ def _spec(name: str, shape: tuple[int, ...]) -> TensorSpec:
         if name.endswith(f".{role}.weight"):
             kept: Role = "lora_A" if role == "lora_A" else "lora_B"
             return TensorSpec(name, shape, kept, name.removesuffix(f".{role}.weight"))
-    return TensorSpec(name, shape, "head")
+    return TensorSpec(name, shape, "lora_R" if name.endswith(".lora_R.weight") else "head")
 
 
 def _targets(model: nn.Module, lora: LoraSettings) -> str | list[str]:

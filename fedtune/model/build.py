@@ -18,11 +18,12 @@ from fedtune.data.records import LabelledText
 from fedtune.data.tasks import Task
 from fedtune.data.templates import render_all
 from fedtune.errors import ModelError
-from fedtune.model.adapters import adapt, initial_factors, layout_of
+from fedtune.model.adapters import adapt, initial_factors, layout_of, lora_layers
 from fedtune.model.attention import use_float32_backward
 from fedtune.model.base import BaseModel
 from fedtune.model.checkpointing import checkpointable
 from fedtune.model.heads import PooledClassifier, start_from_names
+from fedtune.model.increments import base_layers
 from fedtune.model.layout import AdapterState
 from fedtune.model.precision import DTYPES, loading_options, refuse_unavailable
 from fedtune.model.workspace import Workspace, named_trainable
@@ -30,7 +31,10 @@ from fedtune.model.workspace import Workspace, named_trainable
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides an adapted model and how it is computed with, except the base's content."""
+    """Everything that decides an adapted model and how it is computed with, except the base's content.
+
+    `cores` is for `fedsb`, whose layers have a third, small matrix.
+    """
 
     task: Task
     lora: LoraSettings
@@ -39,6 +43,7 @@ class Recipe:
     max_tokens: int
     autocast: str | None = None
     checkpointing: bool = False
+    cores: bool = False
 
 
 @lru_cache(maxsize=1)
@@ -108,11 +113,11 @@ def _assemble(base: BaseModel, recipe: Recipe, tokenizer: Any, device: str) -> t
     if head == "pooled":
         backbone = _without_pooler(_load(base, recipe, tokenizer, "AutoModel", device)[0])
         width = int(backbone.config.hidden_size)
-        peft = adapt(backbone, recipe.lora, head, ())
+        peft = adapt(backbone, recipe.lora, head, (), cores=recipe.cores)
         return PooledClassifier(peft, width, len(recipe.task.labels), recipe.model.head_scale), peft
     kind = "AutoModelForCausalLM" if head == "none" else "AutoModelForSequenceClassification"
     model, fresh = _load(base, recipe, tokenizer, kind, device)
-    peft = adapt(model, recipe.lora, head, fresh if head == "architecture" else ())
+    peft = adapt(model, recipe.lora, head, fresh if head == "architecture" else (), cores=recipe.cores)
     return peft, peft
 
 
@@ -178,7 +183,8 @@ def _finish(model: nn.Module, peft: Any, tokenizer: Any, recipe: Recipe, device:
     layout = layout_of((name, tuple(parameter.shape)) for name, parameter in parameters.items())
     layers = checkpointable(model) if recipe.checkpointing else ()
     autocast = None if recipe.autocast is None else DTYPES[recipe.autocast]
-    workspace = Workspace(model, peft, tokenizer, recipe.task, layout, parameters, {}, device, autocast, layers)
+    base = base_layers(lora_layers(model))
+    workspace = Workspace(model, peft, tokenizer, recipe.task, layout, parameters, {}, base, device, autocast, layers)
     workspace.load(initial_factors(layout, recipe.lora.init, recipe.seed))
     words = recipe.model
     if isinstance(model, PooledClassifier) and "labels" in {words.head_init, words.head_center}:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Role = Literal["lora_A", "lora_B", "head"]
+Role = Literal["lora_A", "lora_B", "lora_R", "head"]
 Array = NDArray[np.float32]
 AdapterState = Mapping[str, Array]
+INCREMENT: Final = "drift/"  # before the names of tensors of a state that are added to the base
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor: `lora_A` is (rank, d_in), `lora_B` is (d_out, rank); `layer` joins the two; a head has no layer."""
+    """One tensor: `lora_A` is (rank, d_in), `lora_B` is (d_out, rank); `layer` joins the two.
+
+    `lora_R` is the (rank, rank) core of `fedsb`; it belongs to no pair, so like a head it has no layer.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -20,7 +20,8 @@ from fedtune.errors import ModelError
 from fedtune.model.adapters import canonical_name
 from fedtune.model.checkpointing import checkpointed
 from fedtune.model.dropout import SourcedDropout
-from fedtune.model.layout import AdapterLayout, AdapterState
+from fedtune.model.increments import Increments
+from fedtune.model.layout import INCREMENT, AdapterLayout, AdapterState
 from fedtune.privacy.random import RandomSource
 
 
@@ -28,7 +29,7 @@ from fedtune.privacy.random import RandomSource
 class Workspace:
     """An adapted model, its tokenizer and its trainable parameters by canonical name.
 
-    `peft` is the PEFT model inside (`model` itself, or its backbone under a pooled head). The base is frozen and in
+    `base` holds what a state adds to base weights. `peft` is the PEFT model inside (`model` itself, or its backbone under a pooled head). The base is frozen and in
     evaluation mode; only LoRA's own dropout is ever active. `autocast` is the type of its matrix products, None for
     that of the tensors; `recomputed` are the layers whose activations are computed again in the backward pass.
     """
@@ -40,14 +41,21 @@ class Workspace:
     layout: AdapterLayout
     parameters: dict[str, nn.Parameter]
     initial: AdapterState
+    base: Increments
     device: torch.device
     autocast: torch.dtype | None = None
     recomputed: tuple[nn.Module, ...] = ()
 
     def load(self, state: AdapterState) -> None:
-        """Copy an adapter state into the model; tensors that the state does not name stay as they are."""
+        """Copy an adapter state into the model; tensors that the state does not name stay as they are.
+
+        Increments of the base are no such tensors: after each call the base holds those of this state and no others.
+        """
         with torch.no_grad():
+            self.base.load(state)
             for name, value in state.items():
+                if name.startswith(INCREMENT):
+                    continue
                 parameter = self.parameters.get(name)
                 if parameter is None:
                     raise ModelError("unknown-tensor", f"the adapted model has no tensor {name!r:.80}")

@@ -12,18 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.aggregation.algorithms import get_algorithm
+from fedtune.aggregation.assembly import assemble
+from fedtune.aggregation.lora.protocol import Turn
+from fedtune.aggregation.matrix import row_of
 from fedtune.config.machine import Machine
 from fedtune.config.plan import AdapterPlan, DataPlan, ModelPlan, StudyPlan
 from fedtune.config.schema import DataSettings, PrivacySettings, Settings
 from fedtune.data.tasks import Task
-from fedtune.errors import ConfigError
+from fedtune.errors import AggregationError, ConfigError
 from fedtune.model.base import BaseModel
 from fedtune.model.build import Recipe, build
 from fedtune.privacy.calibration import noise_of_share
 from fedtune.privacy.plan import PrivacyPlan, default_delta, delta_warning
 from fedtune.run.folder import default_path
-from fedtune.simulation.workspace import layout_hash
+from fedtune.simulation.workspace import adapter_plan
 from fedtune.training.rehearsal import rehearse
 
 
@@ -60,6 +62,7 @@ def complete(
     wanted = settings.privacy
     privacy = replace(_privacy(settings, sites), engine=wanted.engine, clipping=wanted.clipping)
     privacy = privacy.about(wanted.unit, wanted.max_records_per_unit)
+    _refuse_no_head(settings, task)
     machine = _machine(settings, base)
     plan = _plan(settings, task, base, privacy, machine)
     return Resolved(plan, machine, base, sites, _warnings(settings, privacy, sites, scattered))
@@ -188,19 +191,23 @@ def _adapter_plan(settings: Settings, task: Task, base: BaseModel, model: ModelP
         settings.data.max_tokens,
         settings.training.autocast,
         settings.training.gradient_checkpointing,
+        cores=settings.aggregation.algorithm == "fedsb",
     )
     workspace = build(base, recipe, machine.device)
-    layout = workspace.layout
-    algorithm = get_algorithm(settings.aggregation.algorithm)
+    algorithm = assemble(settings.aggregation, settings.training, settings.lora, settings.seed)
     if settings.privacy.mode == "dp":
-        rehearse(workspace, algorithm.trained(layout), settings.privacy.engine)
-    return AdapterPlan(
-        numbers=layout.size,
-        trained=algorithm.trained(layout).size,
-        upload=algorithm.upload(layout).size,
-        download=algorithm.download(layout).size,
-        layout_sha256=layout_hash(layout),
-    )
+        for trained in dict.fromkeys(algorithm.site.trained(workspace.layout, Turn(number)) for number in (1, 2)):
+            rehearse(workspace, trained, settings.privacy.engine)
+    return adapter_plan(settings, workspace.layout)
+
+
+def _refuse_no_head(settings: Settings, task: Task) -> None:
+    if settings.aggregation.local_head and task.kind == "causal-lm":
+        raise AggregationError(
+            "no-head",
+            "aggregation.local_head keeps a head at each site, and language modelling has none of its own",
+            hint="aggregation.local_head=false, or aggregation.algorithm=fedsa for a factor that stays at the site",
+        )
 
 
 def _head(settings: Settings, task: Task) -> str:
@@ -223,7 +230,16 @@ def _warnings(settings: Settings, privacy: PrivacyPlan, sites: tuple[SiteSize, .
                 "covers its own records of a unit alone: what several sites reveal of it adds up, and one may train on "
                 "what another holds out."
             )
-    if settings.evaluation.site_metrics == "off" and settings.data.test is None:
+    row = row_of(settings.aggregation.algorithm)
+    personal = settings.aggregation.local_head or not row.traits.releases
+    if personal:
+        found.append("A part of the adapter stays at each site: the sites measure and export theirs, none is released.")
+    if privacy.mode == "dp" and row.noise == "quadratic":
+        found.append(
+            f"{row.name} adds noise to both factors, so the noise in W = B·A is quadratic; fedsvd, ffa and fedsb add "
+            "it to one."
+        )
+    if settings.evaluation.site_metrics == "off" and (settings.data.test is None or personal):
         found.append("No metric will be measured: evaluation.site_metrics=off and data.test is not set.")
     return tuple(found)
 

@@ -13,7 +13,7 @@ from fedtune.privacy.accounting import steps_an_epoch
 def refuse_early(settings: Settings) -> None:
     """Refuse what no data and no model could make right."""
     check_backend(settings.run.backend)
-    compatibility.check(settings.aggregation, settings.training)
+    compatibility.check(settings)
     _refuse_part_epochs(settings.training)
     _refuse_idle_noise(settings)
     privacy, federation = settings.privacy, settings.federation

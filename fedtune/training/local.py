@@ -6,7 +6,7 @@ is a step like any other, and the gradient is divided by the expected batch size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -34,8 +34,9 @@ from fedtune.privacy.random import RandomSource, SecureSource, SeededSource
 from fedtune.privacy.units import unit_rows
 from fedtune.training import optimizers
 from fedtune.training.objective import losses
+from fedtune.training.site_objective import Arrays, SiteObjective, Variates
 
-OptimizerState = Mapping[str, NDArray[np.float32]]
+OptimizerState = Arrays
 Step = Callable[["_Drawn", RandomSource], tuple[NoisyGradient, int]]
 
 
@@ -51,13 +52,15 @@ class Assignment:
     adapter: AdapterState
     reservation: Reservation
     optimizer_state: OptimizerState = field(default_factory=dict)
+    variates: Variates | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LocalResult:
     """What a site has after its local steps: the trained tensors to send, its optimiser state, and what it spent.
 
-    `records_seen` counts records, `units_dropped` the units that were not finite; both stay at the site.
+    `records_seen` counts records, `units_dropped` the units that were not finite; both stay at the site. `variate` is
+    SCAFFOLD's cᵢ⁺ to keep, `variate_change` Δcᵢ to send.
     """
 
     state: AdapterState
@@ -65,6 +68,8 @@ class LocalResult:
     event: Event | None
     records_seen: int
     units_dropped: int
+    variate: Arrays = field(default_factory=dict)
+    variate_change: Arrays = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +120,16 @@ def train_round(
     optimizers.load_state(optimizer, parameters, assignment.optimizer_state)
     lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
     this = _Round(plan, workspace, examples, _units(plan, units, len(examples)), lengths, parameters)
-    seen, dropped = _steps(this, assignment, optimizer)
+    objective = SiteObjective(plan, parameters, assignment.variates)
+    seen, dropped = _steps(this, assignment, optimizer, objective)
     kept = optimizers.dump_state(optimizer, parameters) if plan.training.optimizer_state == "keep" else {}
-    return LocalResult(workspace.export(sent), kept, event_of_round(plan), seen, dropped)
+    variate, change = objective.result()
+    return LocalResult(workspace.export(sent), kept, event_of_round(plan), seen, dropped, variate, change)
 
 
-def _steps(this: _Round, assignment: Assignment, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+def _steps(
+    this: _Round, assignment: Assignment, optimizer: torch.optim.Optimizer, objective: SiteObjective
+) -> tuple[int, int]:
     plan, seen, dropped = this.plan, 0, 0
     sampler = sampler_of(plan.promise.sampler, this.units.count, plan.promise.sampling_rate)
     source = _source(plan, assignment)
@@ -131,7 +140,7 @@ def _steps(this: _Round, assignment: Assignment, optimizer: torch.optim.Optimize
             with this.workspace.dropout(source):
                 gradient, lost = clipped_or_plain(drawn, source)
             factor = _rate_factor(plan, done, this.units.count)
-            optimizers.step(optimizer, this.parameters, gradient.mean, factor)
+            optimizers.step(optimizer, this.parameters, objective.of(gradient).mean, factor)
             seen, dropped = seen + sum(batch.records for batch in drawn.batches), dropped + lost
     return seen, dropped
 

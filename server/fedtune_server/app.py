@@ -13,7 +13,6 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.aggregation.algorithms import get_algorithm
 from fedtune.aggregation.averaging import TailAverage
 from fedtune.config.machine import Machine, current
 from fedtune.config.plan import PLAN_KEY, StudyPlan
@@ -23,11 +22,12 @@ from fedtune.simulation.workspace import open_workspace
 from fedtune_server.coordinator_key import coordinator_key
 from fedtune_server.exchange import Exchange, Traffic
 from fedtune_server.folder import ENVIRONMENT_VARIABLE, CoordinatorFolder
+from fedtune_server.merging import Merging
 from fedtune_server.outcome import central_test, release
 from fedtune_server.roll_call import call_roll, settle
 from fedtune_server.rounds import run_rounds
 from fedtune_server.scorecard import Evaluator
-from fedtune_server.study import Study, resume, start_optimizer
+from fedtune_server.study import Study, averaged_layout, resume
 from fedtune_server.witness import Witness
 
 app = ServerApp()
@@ -67,20 +67,18 @@ def open_study(plan: StudyPlan, machine: Machine, exchange: Exchange) -> Study:
     """Ask every connected node who it is, and put the study's parts together before its first round."""
     plan.promise.check()
     workspace = open_workspace(plan, machine)
-    algorithm = get_algorithm(plan.aggregation.algorithm)
-    download = algorithm.download(workspace.layout).names
+    merging = Merging.of(plan, workspace.layout, workspace.initial)
+    state = merging.start()
     nodes, facts = call_roll(exchange, plan)
     return Study(
         plan=plan,
-        layout=workspace.layout,
-        algorithm=algorithm,
+        merging=merging,
         exchange=exchange,
         nodes=nodes,
         folder=RunFolder(machine.run),
         progress=observer.current(),
-        evaluator=Evaluator(plan, exchange, download, central_test(plan, machine, workspace)),
-        adapter=dict(workspace.initial),
-        optimizer=start_optimizer(plan, workspace.layout, workspace.initial),
-        average=TailAverage(workspace.layout, plan.aggregation.average_last),
+        evaluator=Evaluator(plan, merging, exchange, central_test(plan, machine, workspace, merging)),
+        state=state,
+        average=TailAverage(averaged_layout(workspace.layout, state), plan.aggregation.average_last),
         facts=facts,
     )

@@ -18,13 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedtune.aggregation.averaging import TailAverage
-from fedtune.aggregation.server_optimizers import OptimizerState
+from fedtune.aggregation.lora.protocol import ServerState
 from fedtune.errors import RunError
-from fedtune.model.layout import AdapterState
 from fedtune.run.files import write_whole
 
 _KEPT = 2
-_PREFIXES = ("adapter", "optimizer", "average")
+_PREFIXES = ("state", "average")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +31,14 @@ class Checkpoint:
     """The coordinator's state after `round` rounds; `facts` are the running totals of the result."""
 
     round: int
-    adapter: AdapterState
-    optimizer: OptimizerState
+    state: ServerState
     average: Mapping[str, NDArray[np.float32]]
     facts: Mapping[str, Any]
 
 
 def save_checkpoint(folder: Path, plan_sha256: str, checkpoint: Checkpoint) -> None:
     """Write a round's checkpoint whole, then drop all but the newest two."""
-    groups = (checkpoint.adapter, checkpoint.optimizer.to_arrays(), checkpoint.average)
+    groups = checkpoint.state.to_arrays(), checkpoint.average
     arrays = {
         f"{prefix}/{name}": np.ascontiguousarray(array)
         for prefix, group in zip(_PREFIXES, groups, strict=True)
@@ -69,8 +67,8 @@ def latest_checkpoint(folder: Path, plan_sha256: str) -> Checkpoint | None:
         raise RunError("damaged", f"{files[-1]} cannot be read as a checkpoint", hint=hint) from error
     if about["plan_sha256"] != plan_sha256:
         raise RunError("other-plan", f"{files[-1]} belongs to another plan", hint="resume without overrides")
-    optimizer = OptimizerState.from_arrays(groups["optimizer"])
-    return Checkpoint(about["round"], groups["adapter"], optimizer, groups["average"], about["facts"])
+    state = ServerState.from_arrays(groups["state"])
+    return Checkpoint(about["round"], state, groups["average"], about["facts"])
 
 
 def restore_average(average: TailAverage, checkpoint: Checkpoint) -> None:

@@ -26,6 +26,7 @@ from fedtune.flower.messages import (
     Refusal,
     content_bytes,
     encode_instruction,
+    encode_instructions,
     unsigned_code,
     with_receipt,
 )
@@ -77,11 +78,11 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """What is asked, encoded once; only receipts and envelopes differ between sites. Times are of the steady clock."""
+    """What is asked, encoded once; arrays are shared where sites are asked the same. Times are of the steady clock."""
 
     kind: str
     round: int
-    shared: RecordDict
+    contents: Mapping[int, RecordDict]
     began: float
     until: float
 
@@ -141,20 +142,20 @@ class Exchange:
         self,
         kind: str,
         nodes: Sequence[int],
-        instruction: Instruction,
+        instruction: Instruction | Mapping[int, Instruction],
         decode: Decode[Reply],
         *,
         enough: Callable[[], bool] = lambda: False,
         within: float = math.inf,
     ) -> Iterator[Answer[Reply]]:
-        """Send one instruction to each node and yield one answer a node, in the order of arrival.
+        """Send an instruction to each node, one for all or its own, and yield one answer a node as they arrive.
 
         A node that has not answered when the deadline passes yields `federation.deadline`, and `federation.closed` when
         the caller has `enough`; its later reply is never looked at. `within` are seconds that shorten the deadline.
         """
         began = time.monotonic()
         until = began + min(self._deadline, within)
-        question = _Question(kind, instruction.round, encode_instruction(instruction), began, until)
+        question = _question(kind, nodes, instruction, began, until)
         waiting = Outstanding(self._reconnect)
         yield from self._send(question, nodes, waiting)
         while waiting and time.monotonic() < until and not enough() and not engine_died.is_set():
@@ -175,7 +176,7 @@ class Exchange:
     def _send(self, question: _Question, nodes: Sequence[int], waiting: Outstanding) -> Iterator[Answer[Reply]]:
         """Send a question to nodes; one that no message can go to is lost, or refused."""
         away: set[int] = set()
-        contents = {node: with_receipt(question.shared, self._receipt(node)) for node in nodes}
+        contents = {node: with_receipt(question.contents[node], self._receipt(node)) for node in nodes}
         if self.fleet is not None:
             away = contents.keys() - set(self.online())
             known = self.fleet.nodes()
@@ -263,3 +264,12 @@ class Exchange:
         except FedtuneError as error:
             return Answer(node, None, error.code, size, offence=True)
         return Answer(node, reply, "", size)
+
+
+def _question(
+    kind: str, nodes: Sequence[int], asked: Instruction | Mapping[int, Instruction], began: float, until: float
+) -> _Question:
+    if isinstance(asked, Instruction):
+        return _Question(kind, asked.round, dict.fromkeys(nodes, encode_instruction(asked)), began, until)
+    number = max((one.round for one in asked.values()), default=0)
+    return _Question(kind, number, encode_instructions(asked), began, until)

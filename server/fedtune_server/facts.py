@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedtune.flower.messages import Description
+from fedtune.flower.messages import LACKS_STATE, Description
 from fedtune.privacy.accounting import Event, epsilon, merge
 from fedtune.privacy.plan import PrivacyPlan
 
@@ -19,7 +19,9 @@ class SiteFacts:
 
     `rounds` and `evaluations` count its updates and noisy metrics that were accepted. `quarantine` is why it is not
     asked any more (a code, empty while it is), after `offences` replies that no honest site sends, `quarantines` how
-    often that has happened; until round `rests_until` it is left out because it was too late.
+    often that has happened; until round `rests_until` it is left out because it was too late. `rank` is its own where
+    sites choose theirs. `counted` is the last round whose update was taken; `holds` the last whose outcome the site has
+    kept, under `mark`.
     """
 
     name: str
@@ -35,6 +37,10 @@ class SiteFacts:
     quarantine: str = ""
     quarantines: int = 0
     rests_until: int = 0
+    rank: int = 0
+    counted: int = 0
+    holds: int = 0
+    mark: str = ""
 
     def note_offence(self, code: str, most: int) -> None:
         """Count a reply that no honest site sends; after `most` of them the site is quarantined."""
@@ -52,9 +58,16 @@ class SiteFacts:
         """Return ε recomputed from the events that ran, or None without privacy."""
         return None if promise.mode == "off" else epsilon(self.events, promise.delta)
 
+    def note_held(self, number: int, mark: str) -> None:
+        """Note that the site has kept the outcome of all rounds up to `number`, if it was asked to."""
+        if mark:
+            self.holds, self.mark = number, mark
+
     def note_failure(self, code: str) -> None:
         """Count an answer that was missing or refused."""
         self.failures[code] = self.failures.get(code, 0) + 1
+        if code == LACKS_STATE:
+            self.holds, self.mark = 0, ""
 
     def note_evaluation(self, cost: Event | None) -> None:
         """Count noisy metrics that came; what the site has not reported of their cost yet is spent all the same."""
@@ -81,6 +94,10 @@ class SiteFacts:
             "quarantine": self.quarantine,
             "quarantines": self.quarantines,
             "rests_until": self.rests_until,
+            "rank": self.rank,
+            "counted": self.counted,
+            "holds": self.holds,
+            "mark": self.mark,
         }
 
     @classmethod
@@ -91,7 +108,8 @@ class SiteFacts:
     @classmethod
     def of(cls, description: Description) -> SiteFacts:
         """Start from a site's description of itself."""
-        return cls(description.site, description.units, description.data_sha256, description.events)
+        known = description.site, description.units, description.data_sha256, description.events
+        return cls(*known, rank=description.rank)
 
 
 @dataclass(slots=True)

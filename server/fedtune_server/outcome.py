@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from fedtune.aggregation.lora.plain import plain_adapter
 from fedtune.config.machine import Machine
 from fedtune.config.plan import StudyPlan
 from fedtune.evaluation.metrics import Tally
@@ -18,13 +19,17 @@ from fedtune.simulation.sites import test_examples
 from fedtune.simulation.workspace import open_workspace
 from fedtune.training.evaluate import evaluate
 from fedtune_server.facts import SiteFacts
+from fedtune_server.merging import Merging
 from fedtune_server.scorecard import CentralTest
 from fedtune_server.study import Study
 
 
-def central_test(plan: StudyPlan, machine: Machine, workspace: Workspace) -> CentralTest | None:
-    """Return a function that measures an adapter on the coordinator's test file, or None without one."""
-    if machine.test_path is None:
+def central_test(plan: StudyPlan, machine: Machine, workspace: Workspace, merging: Merging) -> CentralTest | None:
+    """Return a function that measures an adapter on the coordinator's test file, or None without one.
+
+    A rule that keeps a part at each site leaves the coordinator no whole adapter: the sites alone can measure theirs.
+    """
+    if machine.test_path is None or not merging.algorithm.traits.releases:
         return None
     examples = test_examples(plan, machine, workspace.tokenizer)
 
@@ -35,9 +40,12 @@ def central_test(plan: StudyPlan, machine: Machine, workspace: Workspace) -> Cen
 
 
 def release(study: Study, machine: Machine) -> None:
-    """Write the adapter and then the summary; the summary's presence says that the study has ended."""
+    """Write the adapter, where there is one, and then the summary, whose presence says that the study has ended."""
     summary = summarise(study)
-    save_adapter(study.folder.adapter, open_workspace(study.plan, machine), study.released, study.plan, summary)
+    algorithm, layout = study.merging.algorithm, study.merging.layout
+    if algorithm.traits.releases:
+        adapter = plain_adapter(algorithm, layout, study.released)
+        save_adapter(study.folder.adapter, open_workspace(study.plan, machine), adapter, study.plan, summary)
     text = json.dumps(summary, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False)
     write_whole(study.folder.summary_file, (text + "\n").encode())
 
@@ -52,6 +60,7 @@ def summarise(study: Study) -> dict[str, Any]:
         "rounds": study.round,
         "task": plan.task.style,
         "algorithm": plan.aggregation.algorithm,
+        "released": study.merging.algorithm.traits.releases,
         "sites": [_site(site, plan) for site in facts.sites.values()],
         "refused": facts.refused,
         "metrics": {

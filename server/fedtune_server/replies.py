@@ -5,26 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedtune.aggregation.validation import validate
 from fedtune.config.plan import StudyPlan
 from fedtune.errors import MessageError
 from fedtune.flower.messages import Update
-from fedtune.model.layout import AdapterLayout, AdapterState
+from fedtune.model.layout import AdapterState
 from fedtune.privacy.accounting import Event
 from fedtune_server.facts import SiteFacts
+from fedtune_server.merging import Sending
 
 _MOST_REPEATS = 100
 
 
-def check_update(
-    plan: StudyPlan, update: Update, site: SiteFacts, *, number: int, upload: AdapterLayout, reference: AdapterState
-) -> None:
-    """Refuse an update that no honest site of this plan sends in this round: `message.*`, `aggregation.*`."""
-    if update.site != site.name or update.round != number:
+def read_update(plan: StudyPlan, update: Update, site: SiteFacts, sending: Sending, rank: int) -> AdapterState:
+    """Return an update's tensors, or refuse what no honest site of this plan sends: `message.*`, `aggregation.*`."""
+    turn = sending.turn
+    if (update.site, update.round, update.part) != (site.name, turn.number, turn.part):
         raise MessageError("wrong-sender", "the update names another site or round")
     known = plan.training.local_steps * (site.rounds + 1), site.evaluations
     check_events(plan, update.events, at_least=known)
-    validate(update.state, upload, max_norm=plan.aggregation.max_update_norm, reference=reference)
+    return sending.read(rank, update.state)
 
 
 def check_events(plan: StudyPlan, events: Iterable[Event], *, at_least: tuple[int, int] = (0, 0)) -> None:

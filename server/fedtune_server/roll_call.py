@@ -76,6 +76,7 @@ def welcome(study: Study) -> None:
         facts.sites.setdefault(name, SiteFacts.of(described)).events = described.events
         logger.info("%s takes part from round %d", name, study.round + 1)
     study.nodes = _nodes(exchange)
+    study.assign_ranks()
 
 
 def settle(exchange: Exchange, plan: StudyPlan, facts: StudyFacts) -> None:

@@ -1,4 +1,4 @@
-"""A study, round by round: … (Flower message) → validate → Aggregate → server optimiser → Adapter → Scorecard.
+"""A study, round by round: … (Flower message) → validate → Collector → algorithm → Adapter → Scorecard.
 
 One bad or silent site never ends a round: its reply is refused, named and counted, and the round goes on while a quorum
 answers. A site whose replies are such as no honest site sends is quarantined. After each round everything that a
@@ -10,17 +10,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 
-from fedtune.aggregation.mean import StreamingMean
+from fedtune.aggregation.lora.gather import Collector
+from fedtune.aggregation.lora.protocol import ServerState, Turn
 from fedtune.aggregation.weights import site_weights
 from fedtune.config.plan import StudyPlan
 from fedtune.errors import FederationError, FedtuneError
-from fedtune.flower.messages import Instruction, Update, decode_update
+from fedtune.flower.messages import Update, decode_update
 from fedtune.run.folder import RunFolder
 from fedtune.simulation.progress import RoundInfo
 from fedtune_server.exchange import Answer
-from fedtune_server.replies import check_update
+from fedtune_server.merging import Sending
+from fedtune_server.replies import read_update
 from fedtune_server.roll_call import welcome
 from fedtune_server.selection import sites_of_round
 from fedtune_server.study import Study
@@ -30,20 +33,31 @@ logger = logging.getLogger("fedtune.coordinator")
 
 @dataclass(slots=True)
 class _Round:
-    """One round as it goes: who was selected and who could be asked, the mean so far, the codes of the rest."""
+    """One round as it goes: who was selected and who is asked, whose updates were taken, the codes of the rest."""
 
     number: int
     selected: int
-    mean: StreamingMean
     asked: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    done: int = 0
+    taken: dict[str, Update] = field(default_factory=dict)
+    marks: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One exchange of a round: its messages, what takes the replies, and how many end it."""
+
+    sending: Sending
+    collector: Collector
+    weights: dict[str, float]
+    wanted: float
 
 
 def run_rounds(study: Study) -> None:
     """Run every round that is left."""
+    study.assign_ranks()
     if study.round == 0:
-        study.facts.initial = study.evaluator.measure(study.facts, study.nodes, 0, study.adapter, initial=True)
+        study.facts.initial = study.evaluator.measure(study.facts, study.nodes, 0, study.state, initial=True)
     for number in range(study.round + 1, study.plan.federation.rounds + 1):
         welcome(study)
         _run_round(study, number)
@@ -54,12 +68,9 @@ def _run_round(study: Study, number: int) -> None:
     current = _begin(study, number)
     study.progress.round_started(number, len(current.asked))
     before = (study.exchange.traffic.up, study.exchange.traffic.down)
-    _collect(study, current)
-    _require_quorum(study.plan, current)
-    study.adapter, study.optimizer = study.algorithm.step(
-        study.plan.aggregation, study.layout, study.adapter, current.mean.result(), study.optimizer
-    )
-    study.average.push(study.adapter)
+    study.state = _merged(study, current)
+    _note_taken(study, current)
+    study.average.push(study.state.adapter)
     study.round = number
     metrics = _measure(study, number)
     seconds = time.monotonic() - started
@@ -76,7 +87,7 @@ def _begin(study: Study, number: int) -> _Round:
     """Select the round's sites. One that rests is not selected, one in quarantine counts as missing."""
     resting = {name for name, site in study.facts.sites.items() if number <= site.rests_until}
     selected = [name for name in sites_of_round(study.plan, study.names, number) if name not in resting]
-    current = _Round(number, len(selected), StreamingMean(study.algorithm.upload(study.layout)))
+    current = _Round(number, len(selected))
     for name in selected:
         site = study.facts.sites.get(name)
         if site is not None and site.quarantine:
@@ -88,42 +99,89 @@ def _begin(study: Study, number: int) -> _Round:
     return current
 
 
-def _collect(study: Study, current: _Round) -> None:
-    """Add each valid update to the mean as it comes, until all have answered, enough have, or the time is over."""
-    down, share = study.algorithm.download(study.layout), study.plan.federation.early_close
-    adapter = {name: study.adapter[name] for name in down.names}
-    instruction = Instruction(study.plan.sha256, current.number, adapter)
-    site_of = {study.nodes[name]: name for name in current.asked}
-    wanted = math.inf if share is None else math.ceil(share * current.selected)
+def _merged(study: Study, current: _Round) -> ServerState:
+    """Return the state after all exchanges of a round.
+
+    A later exchange is about what all sites of the first one sent: where one has left in between, the others are asked
+    from the start again, and answer the first with the same bytes.
+    """
+    exchanges, asked = study.merging.algorithm.traits.exchanges, current.asked
+    while True:
+        state, present = study.state, asked
+        for part in range(exchanges):
+            state, present = _exchange(study, current, Turn(current.number, part), state, present)
+            if part == 0:
+                asked = present
+        if present == asked:
+            return state
+        asked = present
+
+
+def _exchange(
+    study: Study, current: _Round, turn: Turn, state: ServerState, asked: list[str]
+) -> tuple[ServerState, list[str]]:
+    """Ask sites and take each valid reply as it comes; return the next state and who has answered."""
+    sending = study.merging.exchange(turn, state)
+    wanted = _enough(study, current)
     weights = site_weights(study.plan.aggregation, study.names)
+    collector = study.merging.collector(turn, study.folder.path)
+    current.taken = {}
+    with closing(collector):
+        _collect(study, current, _Part(sending, collector, weights, wanted), asked)
+        _require_quorum(study.plan, current)
+        return study.merging.finish(turn, state, collector.result()), sorted(current.taken)
+
+
+def _enough(study: Study, current: _Round) -> float:
+    """Return how many replies end an exchange early; one that others follow waits for all."""
+    share = study.plan.federation.early_close
+    if share is None or study.merging.algorithm.traits.exchanges > 1:
+        return math.inf
+    return math.ceil(share * current.selected)
+
+
+def _collect(study: Study, current: _Round, part: _Part, asked: list[str]) -> None:
+    """Take updates as they come, until all have answered, enough have, or the time is over."""
+    site_of = {study.nodes[name]: name for name in asked}
+    sites = study.facts.sites
+    instructions = {node: part.sending.instruction(sites[name], current.number) for node, name in site_of.items()}
+    current.marks = {name: instructions[node].standing.mark for node, name in site_of.items()}
     answers = study.exchange.ask(
         "train",
         list(site_of),
-        instruction,
+        instructions,
         lambda content: decode_update(content, study.plan.sha256),
-        enough=lambda: current.done >= wanted,
+        enough=lambda: len(current.taken) >= part.wanted,
     )
     for answer in answers:
-        _take(study, current, site_of[answer.node], answer, weights)
+        _take(study, current, part, site_of[answer.node], answer)
 
 
-def _take(study: Study, current: _Round, name: str, answer: Answer[Update], weights: dict[str, float]) -> None:
-    """Add one update to the mean, or note why it does not count."""
+def _take(study: Study, current: _Round, part: _Part, name: str, answer: Answer[Update]) -> None:
+    """Take one update, or note why it does not count."""
     site, update = study.facts.sites[name], answer.reply
     if update is None:
         _fail(study, current, name, answer.code, offence=answer.offence)
         return
     try:
-        upload = study.algorithm.upload(study.layout)
-        check_update(study.plan, update, site, number=current.number, upload=upload, reference=study.adapter)
-        current.mean.add(update.state, weights[name])
+        state = read_update(study.plan, update, site, part.sending, site.rank)
+        part.collector.add(name, state, part.weights[name])
     except FedtuneError as error:
         _fail(study, current, name, error.code, offence=True)
         return
-    site.events = update.events
-    site.rounds += 1
-    current.done += 1
-    study.progress.site_done(name)
+    current.taken[name] = replace(update, state={})
+    if part.sending.turn.part == study.merging.algorithm.traits.exchanges - 1:
+        study.progress.site_done(name)
+
+
+def _note_taken(study: Study, current: _Round) -> None:
+    """Note what each site whose update is in the new adapter has spent and keeps."""
+    for name, update in current.taken.items():
+        site = study.facts.sites[name]
+        site.events = update.events
+        site.rounds += 1
+        site.counted = current.number
+        site.note_held(current.number - 1, current.marks[name])
 
 
 def _fail(study: Study, current: _Round, name: str, code: str, *, offence: bool = False) -> None:
@@ -145,12 +203,13 @@ def _fail(study: Study, current: _Round, name: str, code: str, *, offence: bool 
 
 def _require_quorum(plan: StudyPlan, current: _Round) -> None:
     needed = max(1, math.ceil(plan.federation.quorum * current.selected))
-    if current.done >= needed:
+    if len(current.taken) >= needed:
         return
     causes = ", ".join(f"{name}: {code}" for name, code in sorted(current.failed.items())[:5])
     raise FederationError(
         "no-quorum",
-        f"round {current.number}: {current.done} of {current.selected} sites answered, {needed} are needed ({causes})",
+        f"round {current.number}: {len(current.taken)} of {current.selected} sites answered, {needed} are needed "
+        f"({causes})",
         hint="mend the sites; a coordinator then goes on by itself, a simulation with fedtune simulate --resume RUN",
     )
 
@@ -170,7 +229,7 @@ def _result(
     up, down = study.exchange.traffic.up - before[0], study.exchange.traffic.down - before[1]
     shown = None if metrics is None else metrics.get(study.evaluator.headline)
     failed = dict(current.failed)
-    return RoundInfo(current.number, current.selected, current.done, failed, spent, shown, seconds, up, down)
+    return RoundInfo(current.number, current.selected, len(current.taken), failed, spent, shown, seconds, up, down)
 
 
 def _log(folder: RunFolder, result: RoundInfo, metrics: dict[str, float] | None) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedtune.aggregation.algorithms import Algorithm, get_algorithm
 from fedtune.aggregation.averaging import TailAverage
-from fedtune.aggregation.server_optimizers import OptimizerState
+from fedtune.aggregation.lora.protocol import ServerState
 from fedtune.config.plan import StudyPlan
 from fedtune.errors import FederationError
-from fedtune.model.layout import AdapterLayout, AdapterState
+from fedtune.model.layout import AdapterLayout
 from fedtune.run.folder import RunFolder
 from fedtune.simulation.progress import Progress
 from fedtune_server.checkpoint import Checkpoint, latest_checkpoint, restore_average, save_checkpoint
 from fedtune_server.exchange import Exchange
 from fedtune_server.facts import StudyFacts
+from fedtune_server.merging import Merging
 from fedtune_server.scorecard import Evaluator
 
 
@@ -24,15 +24,13 @@ class Study:
     """A running study: the fixed parts, then the state that each round replaces."""
 
     plan: StudyPlan
-    layout: AdapterLayout
-    algorithm: Algorithm
+    merging: Merging
     exchange: Exchange
     nodes: dict[str, int]
     folder: RunFolder
     progress: Progress
     evaluator: Evaluator
-    adapter: AdapterState
-    optimizer: OptimizerState
+    state: ServerState
     average: TailAverage
     facts: StudyFacts
     round: int = 0
@@ -44,20 +42,32 @@ class Study:
         return sorted(self.facts.sites) if fleet is None else list(fleet.sites)
 
     @property
-    def released(self) -> AdapterState:
-        """The adapter as it would be released now: the mean of the last `average_last` rounds."""
-        return self.average.result() if self.round else self.adapter
+    def released(self) -> ServerState:
+        """The state as it would be released now: its adapter is the mean of the last `average_last` rounds."""
+        if not self.round:
+            return self.state
+        return replace(self.state, adapter={**self.state.adapter, **self.average.result()})
+
+    def assign_ranks(self) -> None:
+        """Give every site its rank, within what the plan allows whatever the site has said; a list goes by name."""
+        words = self.plan.lora
+        if words.ranks is None:
+            return
+        for site in self.facts.sites.values():
+            if words.ranks == "hardware":
+                site.rank = min(words.rank, max(words.min_rank, site.rank))
+            else:
+                site.rank = words.ranks[self.names.index(site.name)]
 
     def save(self) -> None:
         """Write a checkpoint."""
-        average, facts = self.average.state(), self.facts.to_dict()
-        checkpoint = Checkpoint(self.round, self.adapter, self.optimizer, average, facts)
+        checkpoint = Checkpoint(self.round, self.state, self.average.state(), self.facts.to_dict())
         save_checkpoint(self.folder.checkpoints, self.plan.sha256, checkpoint)
 
 
-def start_optimizer(plan: StudyPlan, layout: AdapterLayout, adapter: AdapterState) -> OptimizerState:
-    """Return the server optimiser's state before the first round."""
-    return get_algorithm(plan.aggregation.algorithm).start(plan.aggregation, layout, adapter)
+def averaged_layout(layout: AdapterLayout, state: ServerState) -> AdapterLayout:
+    """Return the tensors of the adapter that a study averages: what its state holds, in the layout's order."""
+    return AdapterLayout(tuple(spec for spec in layout.tensors if spec.name in state.adapter))
 
 
 def resume(study: Study, released: Sequence[str] = ()) -> None:
@@ -70,7 +80,7 @@ def resume(study: Study, released: Sequence[str] = ()) -> None:
     if checkpoint is None:
         return
     described, refused = study.facts.sites, study.facts.refused
-    study.round, study.adapter, study.optimizer = checkpoint.round, checkpoint.adapter, checkpoint.optimizer
+    study.round, study.state = checkpoint.round, checkpoint.state
     restore_average(study.average, checkpoint)
     study.facts = StudyFacts.from_dict(checkpoint.facts)
     study.facts.refused = refused

@@ -3,8 +3,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fedtune.aggregation.algorithms import get_algorithm
 from fedtune.aggregation.averaging import TailAverage
+from fedtune.aggregation.lora.gather import Gathered
+from fedtune.aggregation.lora.protocol import Turn
+from fedtune.aggregation.lora.registry import get_algorithm
+from fedtune.aggregation.lora.stack import SpillingStack
 from fedtune.config.schema import AggregationSettings
 from fedtune.errors import AggregationError
 from fedtune.model.layout import AdapterLayout
@@ -15,16 +18,16 @@ State = dict[str, np.ndarray]
 def history(algorithm: str, layout: AdapterLayout, start: State, rounds: int) -> list[State]:
     """The global adapters of a study whose sites move at random."""
     settings, chosen = AggregationSettings(algorithm=algorithm), get_algorithm(algorithm)
-    generator, states, state = np.random.default_rng(3), [], start
-    memory = chosen.start(settings, layout, start)
-    for _ in range(rounds):
+    generator, states = np.random.default_rng(3), []
+    state = chosen.server.start(settings, layout, start)
+    for number in range(1, rounds + 1):
         mean = {
-            spec.name: state[spec.name] + 0.3 * generator.standard_normal(spec.shape).astype(np.float32)
-            for spec in chosen.upload(layout).tensors
+            spec.name: state.adapter[spec.name] + 0.3 * generator.standard_normal(spec.shape).astype(np.float32)
+            for spec in chosen.up(layout, Turn(number)).tensors
         }
         mean = {name: array.astype(np.float32) for name, array in mean.items()}
-        state, memory = chosen.step(settings, layout, state, mean, memory)
-        states.append(state)
+        state = chosen.server.receive(settings, layout, Turn(number), state, Gathered(mean, SpillingStack()))
+        states.append(dict(state.adapter))
     return states
 
 

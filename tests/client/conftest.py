@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fedtune.aggregation.algorithms import get_algorithm
 from fedtune.config.machine import ENVIRONMENT_VARIABLE
 from fedtune.config.plan import PLAN_KEY, StudyPlan
 from fedtune.flower.grid import InProcessGrid
@@ -41,8 +40,7 @@ class Coordinator:
     @property
     def download(self) -> AdapterState:
         """The adapter as this plan's algorithm sends it before the first round."""
-        layout = get_algorithm(self.plan.aggregation.algorithm).download(self.bench.workspace.layout)
-        return {name: self.bench.workspace.initial[name] for name in layout.names}
+        return {name: self.bench.workspace.initial[name] for name in self.bench.download.names}
 
     @property
     def journal(self) -> Path:

@@ -174,7 +174,7 @@ def head_without(name: str) -> str:
 
 
 BROKEN = {
-    "another schema": (lambda: changed(update(), schema=2), "message.wrong-schema"),
+    "another schema": (lambda: changed(update(), schema=3), "message.wrong-schema"),
     "a schema of another type": (lambda: changed(update(), schema="1"), "message.wrong-schema"),
     "no schema": (lambda: changed(update(), schema=None), "message.wrong-schema"),
     "no header": (lambda: RecordDict({"arrays": to_record(STATE)}), "message.wrong-schema"),

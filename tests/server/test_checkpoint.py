@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedtune.aggregation.averaging import TailAverage
+from fedtune.aggregation.lora.protocol import ServerState
 from fedtune.aggregation.server_optimizers import OptimizerState
 from fedtune.errors import FedtuneError, RunError
 from fedtune.model.layout import AdapterLayout, TensorSpec
@@ -33,7 +34,7 @@ def checkpoint(number: int) -> Checkpoint:
     average = TailAverage(LAYOUT, 2)
     average.push(adapter)
     facts = {"seconds": 0.1 + number, "sites": [{"name": "bänk"}]}
-    return Checkpoint(number, adapter, OptimizerState(number, moments), average.state(), facts)
+    return Checkpoint(number, ServerState(adapter, OptimizerState(number, moments)), average.state(), facts)
 
 
 def same(left: Any, right: Any) -> bool:
@@ -46,12 +47,12 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     found = latest_checkpoint(tmp_path, PLAN)
     assert found is not None
     assert (found.round, found.facts) == (3, saved.facts)
-    assert same(found.adapter, saved.adapter)
-    assert found.optimizer.step == 3
-    assert same(found.optimizer.moments, saved.optimizer.moments)
+    assert same(found.state.adapter, saved.state.adapter)
+    assert found.state.optimizer.step == 3
+    assert same(found.state.optimizer.moments, saved.state.optimizer.moments)
     average = TailAverage(LAYOUT, 2)
     restore_average(average, found)
-    assert same(average.result(), saved.adapter)
+    assert same(average.result(), saved.state.adapter)
 
 
 def test_before_the_first_round_there_is_none(tmp_path: Path) -> None:

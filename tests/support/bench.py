@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune.aggregation.algorithms import get_algorithm
+from fedtune.aggregation.assembly import assemble
+from fedtune.aggregation.lora.protocol import Turn
 from fedtune.config.plan import StudyPlan
 from fedtune.config.schema import Settings
 from fedtune.privacy.plan import PrivacyPlan
@@ -59,8 +60,17 @@ class Bench:
 
     @property
     def layouts(self) -> tuple[AdapterLayout, AdapterLayout]:
-        algorithm = get_algorithm(self.plan.aggregation.algorithm)
-        return algorithm.trained(self.workspace.layout), algorithm.upload(self.workspace.layout)
+        plan = self.plan
+        algorithm = assemble(plan.aggregation, plan.training, plan.lora, plan.seed)
+        trained = algorithm.site.trained(self.workspace.layout, Turn(1))
+        return trained, trained
+
+    @property
+    def download(self) -> AdapterLayout:
+        """What a site is sent that has nothing but the plan."""
+        plan = self.plan
+        algorithm = assemble(plan.aggregation, plan.training, plan.lora, plan.seed)
+        return algorithm.down(self.workspace.layout, Turn(1), 0)
 
     def plan_with(self, **changes: Any) -> Bench:
         """Return the bench with other terms: `training__local_steps=3` sets `training.local_steps`."""

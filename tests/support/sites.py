@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fedtune.aggregation.algorithms import get_algorithm
 from fedtune.config.machine import ENVIRONMENT_VARIABLE as MACHINE
 from fedtune.config.plan import PLAN_KEY, StudyPlan
 from fedtune.flower.grid import InProcessGrid
@@ -61,8 +60,7 @@ class Study:
 
     def sent(self, adapter: AdapterState) -> AdapterState:
         """What of an adapter the plan's algorithm sends down."""
-        layout = get_algorithm(self.plan.aggregation.algorithm).download(self.bench.workspace.layout)
-        return {name: adapter[name] for name in layout.names}
+        return {name: adapter[name] for name in self.bench.download.names}
 
     def another(self, seed: int) -> AdapterState:
         """Another adapter than the first round's."""

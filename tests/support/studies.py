@@ -190,7 +190,7 @@ class TinyStudy:
 
         checkpoint = latest_checkpoint(self.folder.checkpoints, self.plan.sha256)
         assert checkpoint is not None
-        return checkpoint.adapter
+        return checkpoint.state.adapter
 
 
 def tiny_study(base: Path, records: Path, run_dir: Path, *overrides: str) -> TinyStudy:

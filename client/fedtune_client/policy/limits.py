@@ -73,7 +73,7 @@ def simulation_policy(plan: StudyPlan) -> Policy:
             "max_total_steps": steps,
             "max_tokens": plan.data.max_tokens,
         },
-        "adapter": {"max_rank": plan.lora.rank, "targets": "any", "max_upload_bytes": 4 * plan.adapter.upload},
+        "adapter": {"max_rank": plan.lora.rank, "targets": "any", "max_upload_bytes": plan.adapter.upload_bytes},
         "federation": {"require_secure_aggregation": False, "min_sites": 0, "min_sites_per_round": 0},
         "evaluation": {"site_metrics": plan.evaluation.site_metrics},
         "require_approval": False,

@@ -137,7 +137,8 @@ def _bounds(plan: StudyPlan) -> Iterator[tuple[str, bool]]:
     yield "data.holdout", 0 <= plan.data.holdout < 1
     yield "data.limit", plan.data.limit is None or plan.data.limit > 0
     adapter = plan.adapter
-    yield "adapter", 0 < adapter.upload <= adapter.trained <= adapter.numbers and adapter.download > 0
+    sizes = adapter.upload, adapter.upload_bytes, adapter.download
+    yield "adapter", 0 < adapter.trained <= adapter.numbers and min(sizes) > 0
 
 
 def _refusal(error: Exception) -> PolicyError:

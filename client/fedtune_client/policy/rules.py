@@ -20,7 +20,6 @@ from fedtune_client.policy.reasons import Case, Reason, at_least, at_most, liste
 from fedtune_client.policy.schema import Policy
 
 METRICS = ("off", "noisy", "coarse", "clear")  # from nothing to everything
-_BYTES = 4  # of a float32
 
 Rule = Callable[[Case], Reason | None]
 
@@ -191,7 +190,7 @@ def targets(case: Case) -> Reason | None:
 
 def upload_bytes(case: Case) -> Reason | None:
     """Require updates no larger than allowed, by the size of the adapter that the plan states."""
-    found, most = _BYTES * case.plan.adapter.upload, case.policy.adapter.max_upload_bytes
+    found, most = case.plan.adapter.upload_bytes, case.policy.adapter.max_upload_bytes
     return at_most("upload-bytes", "the bytes of an update", found, most)
 
 

@@ -22,9 +22,9 @@ import numpy as np
 from fedtune.aggregation.algebra import best_rank
 from fedtune.aggregation.lora.factors import Factors, State, rounded_pair
 from fedtune.errors import AggregationError, MessageError
-from fedtune.model.layout import AdapterLayout, TensorSpec
+from fedtune.model.layout import INCREMENT, AdapterLayout, TensorSpec
 
-PREFIX: Final = "drift/"
+PREFIX: Final = INCREMENT
 
 
 def remember(memory: State, number: int, increments: dict[str, Factors], layout: AdapterLayout) -> State:
@@ -71,6 +71,17 @@ def from_message(layout: AdapterLayout, message: State) -> State:
         raise MessageError("unknown-key", f"tensor {unknown[0]!r:.80} is an increment of no adapted layer")
     for spec_A, spec_B in layout.pairs:
         _check(found, spec_A, spec_B)
+    return found
+
+
+def join(layout: AdapterLayout, held: State, message: State) -> State:
+    """Return the increments that a site holds with those of a message: what its base has in all, `drift/NAME`."""
+    found: dict[str, np.ndarray] = {}
+    for spec_A, spec_B in layout.pairs:
+        names = PREFIX + spec_A.name, PREFIX + spec_B.name
+        pairs = [(state[names[0]], state[names[1]]) for state in (held, message) if names[0] in state]
+        if pairs:
+            found[names[0]], found[names[1]] = trimmed(*_stack(pairs))
     return found
 
 

@@ -80,6 +80,7 @@ def traits(options: Options) -> Traits:
         exactness=best if options.train_both else exact,
         linear=True,
         noisy=frozenset({"A", "B"}) if options.train_both else frozenset({"B"}),
+        trained_as="turned",
         exchanges=2,
         optimizers=NO_OPTIMIZER,
     )

@@ -47,6 +47,7 @@ TRAITS = Traits(
     linear=False,
     noisy=frozenset({"A", "B"}),
     changes_base=True,
+    incremental=True,
     optimizers=NO_OPTIMIZER,
 )
 

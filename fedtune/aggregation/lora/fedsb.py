@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedtune.aggregation.lora.draws import orthonormal
-from fedtune.aggregation.lora.factors import Factors, State, only, plain, rounded
+from fedtune.aggregation.lora.factors import Factors, State, only, rounded
 from fedtune.aggregation.lora.linear import linear, union
 from fedtune.aggregation.lora.protocol import (
     Algorithm,
@@ -33,7 +33,7 @@ from fedtune.aggregation.lora.protocol import (
     SiteState,
     Traits,
 )
-from fedtune.model.layout import AdapterLayout
+from fedtune.model.layout import AdapterLayout, TensorSpec
 
 TRAITS = Traits(
     source="arXiv 2502.15436",
@@ -65,7 +65,7 @@ def core_name(layer: str) -> str:
 
 def cores(layout: AdapterLayout) -> AdapterLayout:
     """Return the layout of the cores (r, r) and the head."""
-    specs = (plain(core_name(A.layer), (A.shape[0], B.shape[1])) for A, B in layout.pairs)
+    specs = (TensorSpec(core_name(A.layer), (A.shape[0], B.shape[1]), "lora_R") for A, B in layout.pairs)
     return union(AdapterLayout(tuple(sorted(specs, key=lambda spec: spec.name))), only(layout, "head"))
 
 

@@ -36,6 +36,7 @@ TRAITS = Traits(
     exactness=Exactness("exact", "Σ pᵢ·Bᵢ·A = B̄·A = U·Σ·Vᵀ at rank r"),
     linear=True,
     noisy=frozenset({"B"}),
+    trained_as="turned",
     optimizers=LINEAR_OPTIMIZER,
 )
 

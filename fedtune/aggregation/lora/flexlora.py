@@ -34,6 +34,7 @@ TRAITS = Traits(
     linear=False,
     noisy=frozenset({"A", "B"}),
     ranks="any",
+    trained_as="turned",
     optimizers=NO_OPTIMIZER,
 )
 

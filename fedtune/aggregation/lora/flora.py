@@ -43,6 +43,8 @@ TRAITS = Traits(
     noisy=frozenset({"A", "B"}),
     ranks="any",
     changes_base=True,
+    incremental=True,
+    trained_as="turned",
     optimizers=NO_OPTIMIZER,
 )
 

@@ -6,6 +6,7 @@ Knows no algorithm: two layouts say which tensor goes where, and a tensor may go
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
 
@@ -31,20 +32,21 @@ class Stack(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What the coordinator's half receives: `mean` by name, and the stack."""
+    """What the coordinator's half receives: `mean` by name, the stack, and the sum of the weights of all who came."""
 
     mean: State
     stack: Stack
+    weight: float = 1.0
 
 
 class Collector:
     """Takes replies one by one in any order; the result does not depend on the order, bit for bit.
 
-    Memory: three float64 adapters for the mean, whatever the number of sites, and for what is stacked `most_bytes`,
+    Memory: one or two int64 adapters for the mean, whatever the number of sites, and for what is stacked `most_bytes`,
     then disk. Of a reply that is averaged nothing is kept but the site's name.
     """
 
-    __slots__ = ("_averaged", "_mean", "_sites", "_stack", "_stacked")
+    __slots__ = ("_averaged", "_mean", "_sites", "_stack", "_stacked", "_weight")
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class Collector:
         self._mean = StreamingMean(averaged)
         self._stack = SpillingStack(most_bytes=most_bytes, folder=folder)
         self._sites: set[str] = set()
+        self._weight = Fraction(0)  # exact, so that the order of the replies does not matter
 
     @property
     def count(self) -> int:
@@ -76,12 +79,13 @@ class Collector:
         if self._averaged.tensors:
             self._add_to_mean(site, state, weight)
         self._sites.add(site)
+        self._weight += Fraction(weight)
 
     def result(self) -> Gathered:
         """Return the mean and the stack; `no-site` when nothing was added."""
         if not self._sites:
             raise AggregationError("no-site", "there is no site's update to average", hint="see why sites failed")
-        return Gathered(self._mean.result() if self._averaged.tensors else {}, self._stack)
+        return Gathered(self._mean.result() if self._averaged.tensors else {}, self._stack, float(self._weight))
 
     def close(self) -> None:
         """Give the stack's memory and file back."""

@@ -19,6 +19,7 @@ def with_local_head(algorithm: Algorithm) -> Algorithm:
     site, server = algorithm.site, algorithm.server
     return replace(
         algorithm,
+        traits=replace(algorithm.traits, releases=False),
         averaged=_headless(algorithm.averaged),
         down=lambda layout, turn, since: _cut(layout, algorithm.down(layout, turn, since)),
         site=SiteHalf(

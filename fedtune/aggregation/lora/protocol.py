@@ -76,6 +76,10 @@ class Traits:
       ξ_B·ξ_A, quadratic in the noise. One gives B·ξ_A or ξ_B·A, linear.
     - `changes_base`: sites add to W0, which a 4- or 8-bit base cannot absorb without rounding.
     - `releases`: there is a global adapter.
+    - `incremental`: a message holds what has changed since the last one, so a site must have kept what it was sent.
+    - `trained_as`: whether the coordinates of what is trained mean the same from round to round; `turned` where the
+      coordinator rewrites the factors, `alternating` where rounds train different ones. Moments, residuals and variates
+      that a site keeps are vectors in these coordinates.
     - `exchanges`: how many times a round goes to and fro. All of them need the same sites.
     - `optimizers`: the server optimisers whose state keeps its meaning from round to round.
     """
@@ -86,6 +90,8 @@ class Traits:
     noisy: frozenset[Literal["A", "B", "R"]]
     ranks: Literal["one", "any"] = "one"
     changes_base: bool = False
+    incremental: bool = False
+    trained_as: Literal["same", "turned", "alternating"] = "same"
     releases: bool = True
     exchanges: int = 1
     optimizers: frozenset[str] = ANY_OPTIMIZER

@@ -23,6 +23,8 @@ TRAITS = Traits(
     exactness=Exactness("exact", "Σ pᵢ·Bᵢ·A = B̄·A in odd rounds, Σ pᵢ·B·Aᵢ = B·Ā in even ones"),
     linear=True,
     noisy=frozenset({"B"}),  # and A in even rounds: one at a time
+    incremental=True,
+    trained_as="alternating",
 )
 
 

@@ -4,12 +4,15 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune.aggregation.lora.protocol import Options
+from fedtune.aggregation.lora.gather import Collector, Gathered
+from fedtune.aggregation.lora.protocol import Algorithm, Options, Turn
 from fedtune.aggregation.lora.registry import ALGORITHMS, get_algorithm
-from tests.aggregation.lora.world import Site, dense, distance, layout_of, mean_of, start
+from fedtune.model.layout import AdapterLayout
+from tests.aggregation.lora import world as world_module
+from tests.aggregation.lora.world import Site, State, dense, distance, layout_of, mean_of, start
 
 EXACT = [name for name in ALGORITHMS if get_algorithm(name).traits.exactness.kind in {"exact", "almost surely"}]
 GLOBAL = [name for name in ALGORITHMS if get_algorithm(name).traits.releases]
@@ -52,6 +55,45 @@ def test_the_new_global_update_is_the_mean_update(
         )
 
 
+def over_the_wire(
+    algorithm: Algorithm, layout: AdapterLayout, turn: Turn, replies: list[State], weights: list[float]
+) -> Gathered:
+    """Gather as the coordinator does: the streaming mean, and a stack of which most is on disk."""
+    collector = Collector(algorithm.averaged(layout, turn), algorithm.stacked(layout, turn), most_bytes=500)
+    for site in reversed(range(len(replies))):
+        collector.add(f"{site:03d}", replies[site], weights[site])
+    return collector.result()
+
+
+@pytest.mark.parametrize("name", EXACT)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shapes=layers, weights=weights, ranks=st.lists(st.integers(1, 5), min_size=5, max_size=5), seed=seeds)
+def test_the_new_global_update_is_the_mean_update_also_through_the_streaming_mean_and_the_disk(
+    name: str,
+    shapes: dict[str, tuple[int, int, int]],
+    weights: list[float],
+    ranks: list[int],
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(world_module, "gather", over_the_wire)
+    sites = [Site(weight, rank) for weight, rank in zip(weights, ranks, strict=False)]
+    world = start(get_algorithm(name, Options(seed=seed)), layout_of(shapes), sites)
+    for turn in range(2):
+        before, wanted = world.base(), world.round(seed + turn)
+        reached = world.update()
+        assert distance({layer: reached[layer] - before[layer] for layer in wanted}, wanted) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+@pytest.mark.parametrize("form", sorted(TOLERANCE))
+def test_when_no_site_has_moved_in_the_first_round_the_update_is_zero(name: str, form: str) -> None:
+    sites = [Site(1.0, 2, moves=0.0, form=form), Site(3.0, 4, moves=0.0, form=form)]
+    world = start(get_algorithm(name), layout_of({"h": (3, 7, 11), "emb": (2, 21, 4)}), sites)
+    assert not any(np.any(update) for update in world.round(0).values())
+    assert not any(np.any(update) for update in world.update().values())
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_an_update_of_zero_changes_nothing(name: str) -> None:
     world = start(get_algorithm(name), layout_of({"h": (3, 7, 11), "emb": (2, 21, 4)}), [Site(1.0, 2), Site(3.0, 4)])
@@ -83,17 +125,19 @@ def test_the_inexact_rules_miss_it_so_the_tests_above_can_fail(name: str) -> Non
 
 
 @settings(max_examples=40)
-@given(shapes=layers, weights=weights, seed=seeds, ranks=st.lists(st.integers(1, 5), min_size=5, max_size=5))
+@given(
+    shapes=layers, weights=weights, seed=seeds, ranks=st.lists(st.integers(1, 5), min_size=5, max_size=5), form=forms
+)
 def test_flexlora_is_the_nearest_matrix_of_its_rank_to_the_dense_mean_update(
-    shapes: dict[str, tuple[int, int, int]], weights: list[float], seed: int, ranks: list[int]
+    shapes: dict[str, tuple[int, int, int]], weights: list[float], seed: int, ranks: list[int], form: str
 ) -> None:
-    sites = [Site(weight, rank, form="float64") for weight, rank in zip(weights, ranks, strict=False)]
+    sites = [Site(weight, rank, form=form) for weight, rank in zip(weights, ranks, strict=False)]
     world = start(get_algorithm("flexlora"), layout_of(shapes), sites)
     wanted, reached = world.round(seed), world.update()
     for layer, (rank, _, _) in shapes.items():
         tail = np.linalg.svd(wanted[layer], compute_uv=False)[rank:]
         assert np.linalg.norm(wanted[layer] - reached[layer]) == pytest.approx(
-            math.sqrt(math.fsum(tail**2)), abs=1e-12 * np.linalg.norm(wanted[layer])
+            math.sqrt(math.fsum(tail**2)), rel=TOLERANCE[form], abs=TOLERANCE[form] * np.linalg.norm(wanted[layer])
         )
 
 

@@ -8,14 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.aggregation import algorithms as first_generation
 from fedtune.aggregation.lora import drift
 from fedtune.aggregation.lora.gather import Collector
 from fedtune.aggregation.lora.local_head import with_local_head
 from fedtune.aggregation.lora.protocol import Options, ServerState, SiteState, Turn
 from fedtune.aggregation.lora.registry import ALGORITHMS, get_algorithm
-from fedtune.aggregation.mean import StreamingMean
-from fedtune.config.schema import AggregationSettings
 from fedtune.errors import AggregationError, MessageError
 from tests.aggregation.lora.world import PLAIN, Site, distance, initial, layout_of, site_products, start
 
@@ -199,29 +196,6 @@ def test_the_wires_streaming_mean_and_stack_give_what_the_plain_mean_gives(name:
         wire.server = algorithm.server.receive(PLAIN, LAYOUT, turn, wire.server, collector.result())
     for key, array in world.server.to_arrays().items():
         np.testing.assert_allclose(wire.server.to_arrays()[key], array, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", list(first_generation.ALGORITHMS))
-@pytest.mark.parametrize("optimizer", ["fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad"])
-def test_the_rules_that_were_there_before_give_the_same_bits(name: str, optimizer: str) -> None:
-    if name == "fedsvd" and optimizer in {"fedadam", "fedyogi", "fedadagrad"}:
-        assert optimizer not in get_algorithm(name).traits.optimizers
-        return
-    plan = AggregationSettings(algorithm=name, server_optimizer=optimizer, server_learning_rate=0.5)
-    old, new, begin = first_generation.get_algorithm(name), get_algorithm(name), initial(LAYOUT)
-    state, memory, server = begin, old.start(plan, LAYOUT, begin), new.server.start(plan, LAYOUT, begin)
-    for number in (1, 2, 3):
-        collector = Collector(new.averaged(LAYOUT, Turn(number)), new.stacked(LAYOUT, Turn(number)))
-        mean = StreamingMean(old.upload(LAYOUT))
-        for at in range(3):
-            sent = initial(old.upload(LAYOUT))
-            sent = {key: array + np.float32(at - number) for key, array in sent.items()}
-            mean.add(sent, at + 1)
-            collector.add(str(at), sent, at + 1)
-        state, memory = old.step(plan, LAYOUT, state, mean.result(), memory)
-        server = new.server.receive(plan, LAYOUT, Turn(number), server, collector.result())
-        assert bits(state) == bits({key: server.adapter[key] for key in LAYOUT.names})
-        assert bits(memory.to_arrays()) == bits(server.optimizer.to_arrays())
 
 
 def test_rolora_keeps_the_momentum_of_the_factor_that_rests() -> None:

@@ -27,7 +27,7 @@ REASONS = {"policy.rounds", "policy.rank", "policy.noise-floor", "policy.sites",
 def test_a_plan_that_breaks_five_rules_has_five_reasons_in_the_journal_and_one_code_outside(site: RealSite) -> None:
     site.adopt(**FIVE)
     reply = site.ask(number=1)
-    assert content_of(reply.content) == {"fedtune": {"schema": 1, "kind": "refusal", "code": "policy.refused"}}
+    assert content_of(reply.content) == {"fedtune": {"schema": 2, "kind": "refusal", "code": "policy.refused"}}
     (refused,) = site.entries("plan-refused")
     assert set(refused["reasons"]) == REASONS
     assert len(refused["reasons"]) == 5

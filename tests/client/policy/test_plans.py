@@ -87,7 +87,7 @@ def test_a_hash_is_a_hash(digest: str) -> None:
     ("key", "value"),
     [
         ("adapter__upload", -1),
-        ("adapter__upload", 101),
+        ("adapter__upload_bytes", 0),
         ("data__max_tokens", -5),
         ("data__holdout", 1.0),
         ("data__limit", 0),

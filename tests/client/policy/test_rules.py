@@ -35,7 +35,7 @@ OUTSIDE: list[tuple[str, dict[str, Any], str, str]] = [
     ("targets", {"lora__targets": "all-linear"}, "all-linear", "q_proj, v_proj"),
     ("targets", {"lora__targets": "auto"}, "auto", "q_proj, v_proj"),
     ("targets", {"lora__targets": []}, "none", "q_proj, v_proj"),
-    ("upload-bytes", {"adapter__upload": 101}, "404", "at most 400"),
+    ("upload-bytes", {"adapter__upload_bytes": 404}, "404", "at most 400"),
     ("site-metrics", {"evaluation__site_metrics": "coarse"}, "coarse", "off"),
 ]
 

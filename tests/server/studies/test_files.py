@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
+from fedtune.aggregation.lora.protocol import ServerState
 from fedtune.aggregation.server_optimizers import OptimizerState
 from fedtune.errors import DataError, FederationError
 from fedtune.simulation.progress import RoundInfo, StudyInfo
@@ -31,7 +32,9 @@ def place(tmp_path: Path) -> Path:
 
 def checkpoint(place: Path, number: int, facts: dict[str, Any]) -> None:
     arrays = {"a": np.zeros((2, 3), np.float32)}
-    save_checkpoint(place / "checkpoints", "0" * 64, Checkpoint(number, arrays, OptimizerState(0, {}), {}, facts))
+    save_checkpoint(
+        place / "checkpoints", "0" * 64, Checkpoint(number, ServerState(arrays, OptimizerState(0, {})), {}, facts)
+    )
 
 
 def test_progress_tells_who_has_answered_and_who_has_failed_why(place: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedtune.aggregation.lora.protocol import ServerState
 from fedtune.aggregation.server_optimizers import OptimizerState
 from fedtune.simulation.observer import study_info
 from fedtune.simulation.progress import RoundInfo
@@ -24,7 +25,7 @@ def seen(world: World, study: StoredStudy, *, is_up: bool = True, enrolled: tupl
 
 def keep(study: StoredStudy, number: int, facts: StudyFacts) -> None:
     arrays = {"a": np.zeros(2, np.float32)}
-    kept = Checkpoint(number, arrays, OptimizerState(0, {}), {}, facts.to_dict())
+    kept = Checkpoint(number, ServerState(arrays, OptimizerState(0, {})), {}, facts.to_dict())
     save_checkpoint(study.path / "checkpoints", study.record.plan_sha256, kept)
 
 

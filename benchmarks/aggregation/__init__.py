@@ -1,0 +1,1 @@
+"""What aggregation costs, and what it is worth."""
