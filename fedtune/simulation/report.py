@@ -142,6 +142,9 @@ def _cost(summary: Summary) -> Text:
 
 def _next_steps(summary: Summary) -> Text:
     folder = shlex.quote(printable(summary["run_dir"]))
+    if not summary.get("released", True):
+        text = f"Run folder {printable(summary['run_dir'])} (each site keeps an adapter of its own, none is released)"
+        return Text(text, overflow="fold")
     lines = [
         f"Run folder {printable(summary['run_dir'])} (adapter/ loads with peft)",
         f"  fedtune evaluate {folder} DATA",
