@@ -155,3 +155,15 @@ class StudyError(FedtuneError):
     """A coordinator's study cannot be submitted, found or changed."""
 
     area = "study"
+
+
+class ReleaseError(FedtuneError):
+    """A release cannot be written, signed or read; a folder that was begun is taken away again."""
+
+    area = "release"
+
+
+class HubError(FedtuneError):
+    """A release cannot be put on the Hugging Face Hub or fetched from it; no message quotes a token."""
+
+    area = "hub"

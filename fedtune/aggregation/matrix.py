@@ -1,4 +1,4 @@
-"""What each algorithm can be combined with, as data: made of the algorithms' traits, read by checks and by documentation.
+"""What each algorithm can be combined with, as data: made of its traits, read by checks and by the documentation.
 
 Every cell is a choice from a short list, and each "no" has its reason and the nearest choice that works. The plan is
 refused by the same rows that the documentation shows (`fedtune.aggregation.compatibility`).
@@ -108,5 +108,5 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _yes(cell: bool) -> str:  # noqa: FBT001 - a cell
+def _yes(cell: bool) -> str:
     return "yes" if cell else "no"

@@ -1,4 +1,4 @@
-"""How much a round of an algorithm trains and sends, from layouts alone: what a plan says and a site's policy bounds."""
+"""How much a round trains and sends, from layouts alone: what a plan says and a site's policy bounds."""
 
 from __future__ import annotations
 

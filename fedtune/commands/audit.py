@@ -64,9 +64,9 @@ def verify(  # noqa: PLR0913 - a command's options
 
     verdict = verify_journal(
         journal,
-        public_key=_key(public_key),
+        public_key=read_key(public_key),
         receipts=witness,
-        witness_key=_key(witness_key),
+        witness_key=read_key(witness_key),
         patience=patience,
     )
     compositions = list(recompute(verdict.state, delta)) if recompute_epsilon else None
@@ -79,7 +79,7 @@ def verify(  # noqa: PLR0913 - a command's options
     raise typer.Exit(exit_codes[verdict.outcome])
 
 
-def _key(given: str | None) -> str | None:
+def read_key(given: str | None) -> str | None:
     """Return a key from its 64 hexadecimal digits or from a file that holds them."""
     if given is None:
         return None

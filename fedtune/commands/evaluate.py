@@ -7,7 +7,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedtune.commands.options import Format, OutputFormat, Verbose
+from fedtune.commands.options import Base, Format, OutputFormat, Verbose
 from fedtune.commands.screen import quiet_libraries, screen
 
 app = typer.Typer(help="Measure a finished run's adapter on a file.")
@@ -15,9 +15,10 @@ app = typer.Typer(help="Measure a finished run's adapter on a file.")
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="A run folder, or a release made with --to peft.")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="A file with the study's columns.")],
     *,
+    base: Base = None,
     output: Format = OutputFormat.text,
     verbose: Verbose = False,
 ) -> None:
@@ -25,7 +26,7 @@ def evaluate(
     quiet_libraries(verbose=verbose)
     from fedtune.simulation.finished import FinishedRun
 
-    finished = FinishedRun(run)
+    finished = FinishedRun(run, base)
     metrics = finished.metrics(data)
     if output is OutputFormat.json:
         privacy = {"mode": finished.plan.promise.mode, "statement": finished.statement}

@@ -64,5 +64,9 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="YAML of the same shape; the command line wins.", show_default=False),
 ]
+Base = Annotated[
+    Path | None,
+    typer.Option("--base", metavar="FOLDER", help="The base model, where it is not found.", show_default=False),
+]
 Format = Annotated[OutputFormat, typer.Option("--format", help="Output as text, or as JSON for programs.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]

@@ -65,7 +65,7 @@ def to_records(table: Table, task: Task) -> list[Record]:
     |----------------|------------------------------------------------------------------------------|
     | classification | the text and the index of its label                                          |
     | text           | the text, all of it trained                                                  |
-    | prompt         | prompt, then completion (trained); a newline between if neither has a space  |
+    | prompt         | prompt, a newline unless it ends with a space, then completion (trained)      |
     | instruction    | the layout of `instruction_prompt`, then the output (trained)                |
     | messages       | the turns as they are                                                        |
 
@@ -104,7 +104,7 @@ def _conversations(table: Table, task: Task) -> list[Conversation]:
         return [Conversation((Segment(text, trained=True),)) for text in texts(table, task.columns["text"])]
     if task.style == "prompt":
         prompts, answers = (texts(table, task.columns[role]) for role in ("prompt", "completion"))
-        return [_answered(_spaced(prompt, answer), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [_answered(_spaced(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
     instructions, answers = (texts(table, task.columns[role]) for role in ("instruction", "output"))
     given = texts(table, task.columns["input"], optional=True) if "input" in task.columns else [""] * table.rows
     laid_out = map(instruction_prompt, instructions, given)
@@ -115,9 +115,9 @@ def _answered(prompt: str, answer: str) -> Conversation:
     return Conversation((Segment(prompt, trained=False), Segment(answer, trained=True)))
 
 
-def _spaced(prompt: str, answer: str) -> str:
-    """End the prompt with a newline where nothing else parts it from the answer."""
-    return prompt if prompt[-1].isspace() or answer[0].isspace() else f"{prompt}\n"
+def _spaced(prompt: str) -> str:
+    """End the prompt with white space, by itself: so it is the same where its answer is not known yet."""
+    return prompt if prompt[-1].isspace() else f"{prompt}\n"
 
 
 def _dialogue(table: Table, column: str, row: int) -> Dialogue:

@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 from fedtune.errors import MessageError
 
 SERIALISATION = "fedtune.raw-le"
-_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "int64": np.dtype("<i8"), "uint8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float64": np.dtype("<f8"),
+    "int64": np.dtype("<i8"),
+    "uint8": np.dtype("u1"),
+}
 
 
 def to_record(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:

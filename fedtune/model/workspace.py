@@ -29,9 +29,10 @@ from fedtune.privacy.random import RandomSource
 class Workspace:
     """An adapted model, its tokenizer and its trainable parameters by canonical name.
 
-    `base` holds what a state adds to base weights. `peft` is the PEFT model inside (`model` itself, or its backbone under a pooled head). The base is frozen and in
-    evaluation mode; only LoRA's own dropout is ever active. `autocast` is the type of its matrix products, None for
-    that of the tensors; `recomputed` are the layers whose activations are computed again in the backward pass.
+    `peft` is the PEFT model inside (`model` itself, or its backbone under a pooled head). The base is frozen and in
+    evaluation mode, and `base` is what the loaded state adds to its weights; only LoRA's own dropout is ever active.
+    `autocast` is the type of its matrix products, None for that of the tensors; `recomputed` are the layers whose
+    activations are computed again in the backward pass.
     """
 
     model: nn.Module

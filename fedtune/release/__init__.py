@@ -1,1 +1,1 @@
-"""What leaves a study: the PEFT folder and its card."""
+"""What leaves a study: its adapter in several forms, with a card, a signed manifest, and the checks of both."""

@@ -14,7 +14,7 @@ _RUNTIME = 500_000_000  # Python, torch and transformers themselves
 
 
 def largest_rank(plan: StudyPlan, base: BaseModel) -> int:
-    """Return the largest rank from the plan's least to its own whose estimate fits into a share of this machine's memory.
+    """Return the largest rank from the plan's least to its own whose estimate fits into 80 % of this machine's memory.
 
     A machine too small for the least is given the least: it fails loudly where the estimate is right, and nowhere else.
     """

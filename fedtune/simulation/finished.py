@@ -1,4 +1,4 @@
-"""A finished run, opened for use: its plan, its workspace with the released adapter, and examples of any file."""
+"""A finished run or a release, opened for use: its plan, its workspace with the adapter, and examples of any file."""
 
 from __future__ import annotations
 
@@ -8,38 +8,58 @@ from typing import Any
 
 import torch
 
+from fedtune.config.machine import Machine
 from fedtune.config.plan import StudyPlan
 from fedtune.data.formats import read_table
-from fedtune.data.prompts import prompts_of
 from fedtune.data.records import LabelledText
 from fedtune.data.table import Table
 from fedtune.data.templates import render_all
+from fedtune.generation.completions import completions
+from fedtune.generation.sampling import Sampling
+from fedtune.model.layout import AdapterState
 from fedtune.model.workspace import Workspace
-from fedtune.release.adapter import load_adapter
+from fedtune.release.adapter import load_adapter, rank_of
+from fedtune.release.opened import is_release, open_release
+from fedtune.release.study import require_common
 from fedtune.run.folder import RunFolder
 from fedtune.simulation.sites import file_examples
-from fedtune.simulation.workspace import open_workspace
+from fedtune.simulation.workspace import open_released
 from fedtune.training.evaluate import batches, evaluate
 
 _NEW_TOKENS = 64
 
 
 class FinishedRun:
-    """A released adapter in its model."""
+    """A released adapter in its model.
 
-    def __init__(self, path: Path) -> None:
-        folder = RunFolder(path)
-        self.plan: StudyPlan = folder.plan()
-        self._summary = folder.summary()
-        adapter = load_adapter(folder.adapter)
-        self.workspace: Workspace = open_workspace(self.plan, folder.machine())
-        self._adapter = {name: adapter[name] for name in self.workspace.layout.names}
+    `path` is a run folder, or a release made with `--to peft`, whose base model is `base` or is found by its name and
+    content. Errors: `run.no-run`, `run.no-adapter`, `release.personal`, `release.does-not-hold`, `release.no-base`.
+    """
+
+    plan: StudyPlan
+    workspace: Workspace
+    statement: str
+
+    def __init__(self, path: Path, base: Path | None = None) -> None:
+        self._adapter, machine = self._release(path, base) if is_release(path) else self._run(path, base)
+        self.workspace = open_released(self.plan, machine, rank_of(self._adapter))
         self.workspace.load(self._adapter)
 
-    @property
-    def statement(self) -> str:
-        """What was promised and kept, as the run's summary states it."""
-        return str(self._summary["privacy"]["statement"]) if self._summary else self.plan.promise.statement
+    def _run(self, path: Path, base: Path | None) -> tuple[AdapterState, Machine]:
+        folder = RunFolder(path)
+        self.plan, summary = folder.plan(), folder.summary()
+        self.statement = str(summary["privacy"]["statement"]) if summary else self.plan.promise.statement
+        if summary is not None:
+            require_common(self.plan)
+        adapter = load_adapter(folder.adapter)  # a run that has not ended says so before its model is looked for
+        moved = {} if base is None else {"model_folder": str(base)}
+        return adapter, folder.machine().model_copy(update=moved)
+
+    def _release(self, path: Path, base: Path | None) -> tuple[AdapterState, Machine]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        used = open_release(path, base, {"device": device, "threads": torch.get_num_threads()})
+        self.plan, self.statement = used.plan, used.statement
+        return load_adapter(path), used.machine
 
     def metrics(self, path: str) -> dict[str, float]:
         """Return the metrics on a file that has the plan's columns."""
@@ -54,7 +74,8 @@ class FinishedRun:
         if task.kind == "classification":
             yield from self._classes(table)
         else:
-            yield from self._continuations(table)
+            sampling = Sampling(max_new_tokens=_NEW_TOKENS)
+            yield from completions(self.workspace, table, sampling, self.plan.evaluation.batch_size)
 
     def _classes(self, table: Table) -> Iterator[dict[str, Any]]:
         task = self.plan.task
@@ -69,15 +90,3 @@ class FinishedRun:
         for row, text in enumerate(texts):
             index, probability = found[row]
             yield {"text": text.text, "label": task.labels[index], "probability": round(probability, 6)}
-
-    def _continuations(self, table: Table) -> Iterator[dict[str, Any]]:
-        tokenizer = self.workspace.tokenizer
-        for prompt in prompts_of(table, self.plan.task, tokenizer):
-            encoded = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=self.plan.data.max_tokens)
-            encoded = {name: encoded[name].to(self.workspace.device) for name in ("input_ids", "attention_mask")}
-            with torch.inference_mode(), self.workspace.precision():
-                output = self.workspace.model.generate(  # type: ignore[operator]
-                    **encoded, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=self.workspace.pad_id
-                )
-            new = output[0, encoded["input_ids"].shape[1] :]
-            yield {"prompt": prompt, "completion": tokenizer.decode(new, skip_special_tokens=True).strip()}

@@ -149,6 +149,7 @@ def _next_steps(summary: Summary) -> Text:
         f"Run folder {printable(summary['run_dir'])} (adapter/ loads with peft)",
         f"  fedtune evaluate {folder} DATA",
         f"  fedtune predict {folder} DATA",
+        f"  fedtune release {folder} --to peft --out RELEASE",
     ]
     return Text("\n".join(lines), overflow="fold")
 

@@ -117,6 +117,7 @@ class StudyFacts:
     """Everything the summary needs that is not in the plan.
 
     `refused` are sites that the coordinator did not let take part when they introduced themselves, and why (codes).
+    `records` is how many held-out records the last metrics count, 0 where sites do not tell.
     """
 
     sites: dict[str, SiteFacts] = field(default_factory=dict)
@@ -126,6 +127,7 @@ class StudyFacts:
     bytes_down: int = 0
     seconds: float = 0.0
     refused: dict[str, str] = field(default_factory=dict)
+    records: int = 0
 
     def max_epsilon(self, promise: PrivacyPlan) -> float | None:
         """Return the largest ε any site has spent, or None without privacy."""
@@ -144,6 +146,7 @@ class StudyFacts:
             "bytes_down": self.bytes_down,
             "seconds": self.seconds,
             "refused": self.refused,
+            "records": self.records,
         }
 
     @classmethod

@@ -68,6 +68,7 @@ def summarise(study: Study) -> dict[str, Any]:
             "measured_on": "test file" if study.evaluator.central is not None else measured_on(plan),
             "initial": facts.initial,
             "final": facts.final,
+            "records": facts.records or None,
         },
         "privacy": {
             "mode": plan.promise.mode,
@@ -107,6 +108,7 @@ def _site(site: SiteFacts, plan: StudyPlan) -> dict[str, Any]:
     return {
         "name": site.name,
         "units": site.units,
+        "events": [event.to_dict() for event in site.events],
         "epsilon": site.epsilon(plan.promise),
         "delta": plan.promise.delta if plan.promise.mode == "dp" else None,
         "rounds": site.rounds,

@@ -59,9 +59,10 @@ class Evaluator:
                 facts.sites[name].initial = measured.metrics()
             else:
                 facts.sites[name].final = measured.metrics()
-        if self.central is not None:
-            return self.central(self.merging.as_site_holds(state, number)).metrics()
-        return together(found.values()).metrics()
+        whole = None if self.central is None else self.central(self.merging.as_site_holds(state, number))
+        measured = together(found.values()) if whole is None else whole
+        facts.records = measured.records if isinstance(measured, Tally) else 0
+        return measured.metrics()
 
     def _ask(self, facts: StudyFacts, nodes: Mapping[str, int], number: int, state: ServerState) -> dict[str, Measured]:
         cost = event_of_evaluation(self.plan)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.simulation.workspace import _open_once
+from fedtune.simulation.workspace import _opened
 from tests.support.runs import Study, command, summary_of
 from tests.support.tiny import bank_csv, tiny_base
 
@@ -73,6 +73,6 @@ def test_a_base_that_has_changed_is_refused(study: Study, tmp_path: Path, test_f
     base, run = tiny_base(tmp_path / "base", seed=1), tmp_path / "run"
     summary_of(*study.words(f"model.base={base}", f"run.dir={run}", "federation.rounds=1"))
     tiny_base(base, seed=2)
-    _open_once.cache_clear()  # a later command is a process of its own
+    _opened.cache_clear()  # a later command is a process of its own
     done = command("evaluate", str(run), str(test_file))
     assert "error[model.other-base]" in done.err

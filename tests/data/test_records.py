@@ -33,7 +33,7 @@ def test_a_label_unseen_in_training_is_named_with_its_line(make_table: Any) -> N
 
 
 @pytest.mark.parametrize(
-    ("prompt", "answer", "shown"), [("Q?", "A", "Q?\n"), ("Q? ", "A", "Q? "), ("Q?", " A", "Q?"), ("Q\n", "A", "Q\n")]
+    ("prompt", "answer", "shown"), [("Q?", "A", "Q?\n"), ("Q? ", "A", "Q? "), ("Q?", " A", "Q?\n"), ("Q\n", "A", "Q\n")]
 )
 def test_a_prompt_and_its_answer_are_parted_once(make_table: Any, prompt: str, answer: str, shown: str) -> None:
     (record,) = to_records(make_table(q=[prompt], a=[answer]), PROMPT)

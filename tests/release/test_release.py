@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from fedtune.data.batches import collate
 from fedtune.errors import ModelError, RunError
 from fedtune.release.adapter import load_adapter, save_adapter
 from tests.support.bench import Bench, summary_of
+from tests.support.releases import at_rank
 
 if TYPE_CHECKING:
     from fedtune.model.layout import AdapterState
@@ -48,6 +49,25 @@ def test_what_is_read_back_is_what_was_released(pooled: Bench, tmp_path: Path) -
     assert all(np.array_equal(saved[name], adapter[name]) for name in adapter)
 
 
+@pytest.mark.parametrize(("rank", "alpha"), [(5, 4.0), (1, 4.0), (3, 1.3), (2, 0.37)])
+def test_an_adapter_of_another_rank_is_the_same_update_in_peft_and_when_read_back(
+    pooled: Bench, tmp_path: Path, rank: int, alpha: float
+) -> None:
+    """Stacking rules end with a rank of their own: (lora_alpha / r)·B·A as saved is s·B·A of the study."""
+    site = pooled.plan_with(lora__alpha=alpha)
+    adapter = at_rank(site, rank)
+    folder = release(site, tmp_path / "adapter", adapter)
+    config = LoraConfig.from_pretrained(str(folder))
+    tensors, back = load_file(folder / "adapter_model.safetensors"), load_adapter(folder)
+    assert config.r == rank
+    for spec_a, spec_b in site.workspace.layout.pairs:
+        live = alpha / 2 * adapter[spec_b.name].astype(np.float64) @ adapter[spec_a.name]
+        saved = config.lora_alpha / config.r * tensors[spec_b.name].astype(np.float64) @ tensors[spec_a.name]
+        assert np.allclose(saved, live, rtol=1e-6, atol=1e-7)
+        assert np.allclose(back[spec_b.name], adapter[spec_b.name], rtol=1e-6)
+        assert np.array_equal(back[spec_a.name], adapter[spec_a.name])
+
+
 def test_head_and_centre_are_enough_to_predict_without_fedtune(pooled: Bench, tmp_path: Path) -> None:
     folder = release(pooled, tmp_path / "adapter")
     head = load_file(folder / "head.safetensors")
@@ -75,7 +95,10 @@ def test_no_file_names_a_place_of_this_machine(pooled: Bench, language: Bench, t
 def test_the_configuration_is_plain_peft_and_names_the_base_as_the_plan_does(pooled: Bench, tmp_path: Path) -> None:
     folder = release(pooled, tmp_path / "adapter")
     config = LoraConfig.from_pretrained(str(folder))
-    assert (config.r, config.lora_alpha, config.bias) == (2, 4.0, "none")
+    assert (config.r, config.lora_alpha, config.bias) == (2, 4, "none")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert type(written["lora_alpha"]) is int
+    assert written["target_modules"] == ["query", "value"]
     assert config.base_model_name_or_path == pooled.plan.model.name
     assert config.inference_mode
 
@@ -130,31 +153,58 @@ def test_a_library_that_saves_other_numbers_is_noticed(
     pooled: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one pair of Opacus and PEFT versions did, which trained and saved an adapter that was dead."""
-    right = pooled.workspace.peft.save_pretrained
 
-    def stale(folder: str, **options: Any) -> None:
-        right(folder, **options)
-        path = Path(folder) / "adapter_model.safetensors"
-        save_file({name: tensor * 0 for name, tensor in load_file(path).items()}, path)
+    def stale(tensors: dict[str, Any], **options: Any) -> bytes:
+        return save({name: tensor * 0 for name, tensor in tensors.items()}, **options)
 
-    monkeypatch.setattr(pooled.workspace.peft, "save_pretrained", stale)
+    monkeypatch.setattr("fedtune.release.adapter.save", stale)
     with pytest.raises(ModelError, match=r"model\.not-saved"):
         release(pooled, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_library_that_leaves_tensors_out_is_noticed(
     pooled: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = pooled.workspace.peft.save_pretrained
-
-    def partial(folder: str, **options: Any) -> None:
-        right(folder, **options)
-        path = Path(folder) / "adapter_model.safetensors"
-        save_file(dict(list(load_file(path).items())[1:]), path)
-
-    monkeypatch.setattr(pooled.workspace.peft, "save_pretrained", partial)
+    monkeypatch.setattr("fedtune.release.adapter.save", lambda tensors, **_: save(dict(list(tensors.items())[1:])))
     with pytest.raises(ModelError, match=r"model\.not-saved"):
         release(pooled, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_release_that_dies_leaves_the_earlier_one_or_nothing(
+    pooled: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: Any, **words: Any) -> str:
+        raise KeyboardInterrupt
+
+    folder, old = tmp_path / "adapter", pooled.alive(seed=1)
+    monkeypatch.setattr("fedtune.release.adapter.render_card", killed)
+    with pytest.raises(KeyboardInterrupt):
+        release(pooled, folder)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    release(pooled, folder, old)
+    monkeypatch.setattr("fedtune.release.adapter.render_card", killed)
+    with pytest.raises(KeyboardInterrupt):
+        release(pooled, folder, pooled.alive(seed=2))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert all(np.array_equal(load_adapter(folder)[name], old[name]) for name in old)
+
+
+@pytest.mark.parametrize("change", ["missing", "ragged", "unknown"])
+def test_an_adapter_that_is_not_of_the_layers_is_refused(pooled: Bench, tmp_path: Path, change: str) -> None:
+    adapter = dict(pooled.alive())
+    name = next(name for name in adapter if name.endswith("lora_B.weight"))
+    if change == "missing":
+        adapter = {**at_rank(pooled, 5), name: adapter[name]}
+    elif change == "ragged":
+        adapter[name] = adapter[name][:-1]
+    else:
+        adapter["base_model.model.other.lora_B.weight"] = adapter[name]
+    with pytest.raises(ModelError, match=r"model\.(wrong-shape|unknown-tensor)"):
+        release(pooled, tmp_path / "adapter", adapter)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"])

@@ -13,8 +13,8 @@ _WORDS = ("card", "cash", "loan", "fee", "wire", "rate", "limit", "code", "app",
 def tiny_base(folder: Path, architecture: str = "bert", *, seed: int = 0, **sizes: Any) -> Path:
     """Save a random model of `architecture` with a byte tokenizer into `folder`, and return the folder.
 
-    `architecture` is bert, deberta, gpt2, llama, gemma or qwen2; the saved model has no head (encoders) or a language
-    modelling head (decoders). `sizes` are fields of its configuration. Every ASCII character is one token.
+    `architecture` is bert, deberta, gpt2, llama, gemma, mistral or qwen2; the saved model has no head (encoders) or a
+    language modelling head (decoders). `sizes` are fields of its configuration. Every ASCII character is one token.
     """
     import torch
     import transformers
@@ -102,5 +102,6 @@ _FAMILIES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "gpt2": (("GPT2", "LMHeadModel"), {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}),
     "llama": (("Llama", "ForCausalLM"), _DECODER),
     "gemma": (("Gemma", "ForCausalLM"), {**_DECODER, "head_dim": 8}),
+    "mistral": (("Mistral", "ForCausalLM"), {**_DECODER, "sliding_window": None}),
     "qwen2": (("Qwen2", "ForCausalLM"), _DECODER),
 }

@@ -11,6 +11,7 @@ from fedtune_client.commands import (
     asked,
     budget,
     consent,
+    countersign,
     doctor,
     initial,
     join,
@@ -50,6 +51,7 @@ app.add_typer(policy.app, name="policy")
 app.add_typer(consent.app, name="consent")
 app.command("budget")(budget.budget)
 app.command("approve")(approval.approve)
+app.command("countersign")(countersign.countersign)
 app.add_typer(journal.app, name="journal")
 app.add_typer(key.app, name="key")
 app.add_typer(vault.app, name="vault")

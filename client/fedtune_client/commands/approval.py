@@ -80,7 +80,8 @@ def summary(plan: "StudyPlan") -> dict[str, str]:
         **_noise(plan),
         "work": f"{federation.rounds} rounds of {plan.training.local_steps} steps, with {federation.sites} sites",
         "base model": f"{plan.model.name} ({plan.model.sha256})",
-        "adapter": f"rank {plan.lora.rank} on {targets}; {bytes_text(plan.adapter.upload_bytes)} leave the site a round",
+        "adapter": f"rank {plan.lora.rank} on {targets}, by {plan.aggregation.algorithm}; "
+        f"{bytes_text(plan.adapter.upload_bytes)} leave the site a round",
         "held-out metrics": f"{plan.evaluation.site_metrics}: {told}",
     }
 

@@ -60,7 +60,10 @@ def plan_tree() -> Tree:
             "quantization": "none",
         },
         "lora": LoraSettings(rank=8, targets=("q_proj", "v_proj")).model_dump(mode="json"),
-        "adapter": {"numbers": 200, "trained": 100, "upload": 100, "upload_bytes": 400, "download": 200, "layout_sha256": "cd" * 32},
+        "adapter": {
+            **{"numbers": 200, "trained": 100, "upload": 100, "upload_bytes": 400, "download": 200},
+            "layout_sha256": "cd" * 32,
+        },
         "privacy": promise.to_dict(),
         "training": TrainingSettings(local_steps=5).model_dump(mode="json"),
         "aggregation": AggregationSettings().model_dump(mode="json"),
