@@ -11,6 +11,8 @@ from typing import Final
 
 SUBCOMMANDS: Final = {
     "kernels": "speed of the mean, seconds of one layer by every rule, peak memory of collecting",
+    "comparison": "every algorithm on one small study of BANKING77, and accuracy by bytes; resumable",
+    "attacks": "accuracy under five attacks, every robust rule, up to 40 % attackers",
 }
 
 

@@ -6,12 +6,14 @@ It runs the plan it was given and nothing else. Whatever goes wrong leaves the s
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
 from fedtune.aggregation.lora.protocol import SiteState, Turn
 from fedtune.errors import MessageError
@@ -33,6 +35,7 @@ from fedtune.training.evaluate import HeldOut, measure
 from fedtune.training.local import Assignment, LocalResult, event_of_round, train_round
 from fedtune_client.authority import Round
 from fedtune_client.channel import answered
+from fedtune_client.personal import keep_personal
 from fedtune_client.site import Site, open_resident, open_site, plan_of, study_of
 from fedtune_client.updates import Payload, as_bytes, digest_of
 from fedtune_client.updating import Exchange, after_training, received, to_keep, to_send
@@ -40,7 +43,8 @@ from fedtune_client.updating import Exchange, after_training, received, to_keep,
 app = ClientApp()
 logger = logging.getLogger("fedtune.site")
 
-_PART, _START, _PAYLOAD = "part/", "part-start", "part-payload"  # what a round of several exchanges keeps
+# what a round of several exchanges keeps
+_PART, _START, _PAYLOAD, _RECEIVED = "part/", "part-start", "part-payload", "part-received/"
 Answer = Description | Update | Evaluation | Refusal
 
 
@@ -127,6 +131,7 @@ def _payload(site: Site, exchange: Exchange, asked: Round, result: LocalResult, 
             {**message, **{_PART + name: trained.adapter[name] for name in trained.adapter}}, events
         ).to_bytes()
         kept |= {_START: as_bytes(asked.start.encode()), _PAYLOAD: as_bytes(payload)}
+        kept |= {_RECEIVED + name: array for name, array in exchange.sent_later.items()}
     site.kept.keep(exchange.turn.number, exchange.counted, kept)
     return payload
 
@@ -142,16 +147,21 @@ def _later_part(site: Site, exchange: Exchange) -> Answer:
     if commitment is None:
         raise MessageError("wrong-round", f"round {exchange.turn.number} was not committed here")
     committed = Payload.from_bytes(site.authority.send(commitment, payload))
-    trained = {name.removeprefix(_PART): array for name, array in committed.arrays.items() if name.startswith(_PART)}
-    message, _ = to_send(site, exchange, SiteState(trained, exchange.state.memory))
-    turn = exchange.turn
+    trained, turn = _under(_PART, committed.arrays), exchange.turn
+    message, _ = to_send(site, exchange.on_top_of(_under(_RECEIVED, held)), SiteState(trained, exchange.state.memory))
     return Update(site.plan.sha256, site.name, turn.number, message, committed.events, site.authority.head(), turn.part)
+
+
+def _under(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def _evaluate(site: Site, instruction: Instruction) -> Answer:
     plan, number = site.plan, instruction.round
     refuse_unplanned(plan, number)
     exchange = received(site, instruction, number + 1)
+    if not exchange.algorithm.traits.releases:
+        keep_personal(site.authority.vault, plan, exchange.start)
     cost, claim = event_of_evaluation(plan), None
     if cost is not None:
         claim = _claim(site, Round(plan, number, "metrics", digest_of(exchange.start), cost))

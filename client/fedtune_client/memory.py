@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedtune.config.machine import Machine
@@ -71,12 +72,13 @@ class KeptTensors:
         return load(self.vault.get(self._item(number))) if number in self._rounds() else {}
 
     def keep(self, number: int, counted: int, tensors: Arrays) -> None:
-        """Keep what round `number` leaves; what is older than the last counted round is removed."""
+        """Keep what round `number` leaves; of counted rounds and of others before it the newest few stay."""
         if not tensors:
             return
         self.vault.put(self._item(number), save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
         usable = [known for known in self._rounds() if known <= counted]
-        for old in usable[:-_KEPT]:
+        waiting = [known for known in self._rounds() if counted < known < number]
+        for old in usable[:-_KEPT] + waiting[:-_KEPT]:
             self.vault.remove(self._item(old))
 
     def _rounds(self) -> list[int]:
@@ -100,11 +102,17 @@ class ReceivedStates:
     folder: Path
 
     def get(self, mark: str) -> tuple[Arrays, Arrays]:
-        """Return the adapter and the algorithm's memory kept under a mark; `message.lacks-state` without them."""
+        """Return the adapter and the algorithm's memory kept under a mark; `message.lacks-state` without them.
+
+        A file that cannot be read counts as none: the coordinator then sends everything.
+        """
         path = self._path(mark)
-        if not path.exists():
-            raise MessageError("lacks-state", "the message builds on a state that this site has not kept")
-        arrays = load(path.read_bytes())
+        try:
+            arrays = load(path.read_bytes())
+        except (FileNotFoundError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            raise MessageError("lacks-state", "the message builds on a state that this site has not kept") from error
+        path.touch()  # what messages still build on is not the oldest, however many rounds did not count since
         groups: dict[str, dict[str, NDArray[Any]]] = {"adapter": {}, "memory": {}}
         for key, array in arrays.items():
             group, _, name = key.partition("/")
@@ -112,16 +120,17 @@ class ReceivedStates:
         return groups["adapter"], groups["memory"]
 
     def keep(self, mark: str, adapter: Arrays, memory: Arrays) -> None:
-        """Keep a state under a mark; the newest few stay."""
+        """Keep a state under a mark; the newest few stay, this one among them whatever the clock says."""
         path = self._path(mark)
         if path.exists():
+            path.touch()
             return
         make_folder(self.folder)
         groups = {"adapter": adapter, "memory": memory}
         arrays = {f"{group}/{name}": array for group, found in groups.items() for name, array in found.items()}
         write_whole(path, save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
-        known = sorted(self.folder.glob("received-*.safetensors"), key=lambda one: one.stat().st_mtime_ns)
-        for old in known[:-_KEPT]:
+        others = [one for one in self.folder.glob("received-*.safetensors") if one != path]
+        for old in sorted(others, key=lambda one: one.stat().st_mtime_ns)[: 1 - _KEPT]:
             old.unlink()
 
     def _path(self, mark: str) -> Path:

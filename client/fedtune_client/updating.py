@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,17 @@ class Exchange:
         """SCAFFOLD's variates, by the names of the trained tensors; None for a plan without them."""
         common = variates_of(self.state.memory, COMMON)
         return Variates(common, variates_of(self.kept, OWN)) if common else None
+
+    @property
+    def sent_later(self) -> AdapterState:
+        """What was received of the tensors that later exchanges of the round send: codecs take differences from it."""
+        turns = [Turn(self.turn.number, part) for part in range(1, self.algorithm.traits.exchanges)]
+        names = {name for turn in turns for name in self.algorithm.up(self.layout, turn).names}
+        return {name: array for name, array in self.state.adapter.items() if name in names}
+
+    def on_top_of(self, received: AdapterState) -> Exchange:
+        """Return this exchange, a later one of its round, on top of what the first one brought."""
+        return replace(self, state=SiteState({**self.state.adapter, **received}, self.state.memory))
 
     def inputs(self) -> Arrays:
         """Return everything that the round's result depends on besides the plan and the records."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -136,8 +136,8 @@ def encode_instructions(instructions: Mapping[int, Instruction]) -> dict[int, Re
 
 
 def _encoded(instruction: Instruction, arrays: ArrayRecord) -> RecordDict:
-    standing = asdict(instruction.standing)
-    header = _header("instruction", instruction.plan_sha256, round=instruction.round, **standing)
+    standing = _dump(_values(instruction.standing))  # one field: each costs as much as a signature does
+    header = _header("instruction", instruction.plan_sha256, round=instruction.round, standing=standing)
     return with_receipt(RecordDict({_HEADER: header, _ARRAYS: arrays}), instruction.receipt)
 
 
@@ -295,11 +295,27 @@ def _numbers(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def _standing(header: ConfigRecord) -> Standing:
-    part, rank, counted, since = (_field(header, name, int) for name in ("part", "rank", "counted", "since"))
-    found = Standing(part, rank, counted, since, _field(header, "base", str), _field(header, "mark", str))
+    kinds = [type(value) for value in _values(Standing())]
+    try:
+        values = json.loads(_field(header, "standing", str))
+    except (ValueError, RecursionError) as error:
+        raise _bad_standing() from error
+    if not isinstance(values, list) or [type(value) for value in values] != kinds:
+        raise _bad_standing()
+    found = Standing(*values)
+    if min(found.part, found.rank, found.counted, found.since) < 0:
+        raise _bad_standing()
     if any(mark and not _MARK.fullmatch(mark) for mark in (found.base, found.mark)):
-        raise MessageError("wrong-field", "a kept state is named by other signs than a hash has")
+        raise _bad_standing()
     return found
+
+
+def _values(standing: Standing) -> list[int | str]:
+    return [standing.part, standing.rank, standing.counted, standing.since, standing.base, standing.mark]
+
+
+def _bad_standing() -> MessageError:
+    return MessageError("wrong-field", "where the coordinator takes the site to stand cannot be read")
 
 
 def _dump(value: Any) -> str:

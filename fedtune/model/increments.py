@@ -56,7 +56,7 @@ class Increments:
             self._layers[name].weight.data.copy_(weight)
         for name in sorted(layers):
             self._add(name, wanted)
-        self._loaded = wanted
+        self._loaded = {name: np.array(array) for name, array in wanted.items()}
 
     def _add(self, name: str, wanted: AdapterState) -> None:
         layer = self._layers[name]
@@ -87,7 +87,7 @@ def base_layers(layers: Mapping[str, Any]) -> Increments:
 def _same(one: AdapterState, other: AdapterState) -> bool:
     if one.keys() != other.keys():
         return False
-    return all(one[name] is other[name] or np.array_equal(one[name], other[name]) for name in one)
+    return all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def _wide(array: Any) -> Any:

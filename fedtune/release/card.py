@@ -74,6 +74,11 @@ def _first_words(plan: StudyPlan, summary: Mapping[str, Any]) -> str:
     note = ""
     if plan.promise.mode == "dp" and plan.promise.noise == "seeded":
         note = "\n\n**Not for release:** the noise came from a seeded generator, as in a study."
+    if "personal" in summary:
+        return (
+            f"The adapter of {cell(summary['personal'])} alone: a part of it was trained there and never left, the "
+            f"rest by all sites of the study.\n\n**Privacy:** {summary['privacy']['statement']}{note}"
+        )
     return (
         f"Trained by {len(summary['sites'])} sites in {plan.federation.rounds} rounds with fedtune; "
         f"no record left its site.\n\n**Privacy:** {summary['privacy']['statement']}{note}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedtune.aggregation import compatibility
 from fedtune.config.schema import Settings, TrainingSettings
 from fedtune.data.tasks import Task
-from fedtune.errors import ConfigError, DataError, PrivacyError
+from fedtune.errors import AggregationError, ConfigError, DataError, PrivacyError
 from fedtune.flower.engine import check_backend
 from fedtune.privacy.accounting import steps_an_epoch
 
@@ -16,6 +16,7 @@ def refuse_early(settings: Settings) -> None:
     compatibility.check(settings)
     _refuse_part_epochs(settings.training)
     _refuse_idle_noise(settings)
+    _refuse_unmeasured_parts(settings)
     privacy, federation = settings.privacy, settings.federation
     if privacy.mode == "dp" and privacy.noise_multiplier is None and not privacy.epsilon > 0:
         raise PrivacyError(
@@ -73,6 +74,17 @@ def _refuse_idle_noise(settings: Settings) -> None:
             "nothing-held-out",
             "evaluation.site_metrics=noisy would spend privacy on measuring nothing: data.holdout=0",
             hint="data.holdout=0.2, or evaluation.site_metrics=off",
+        )
+
+
+def _refuse_unmeasured_parts(settings: Settings) -> None:
+    """Refuse adapters that are whole at their sites only, in a study whose coordinator never sends a site its part."""
+    aggregation = settings.aggregation
+    if settings.evaluation.site_metrics == "off" and (aggregation.local_head or aggregation.algorithm == "fedsa"):
+        raise AggregationError(
+            "unmeasured-parts",
+            "a part of each adapter stays at its site, and evaluation.site_metrics=off never brings it the other part",
+            hint="evaluation.site_metrics=clear, coarse or noisy",
         )
 
 

@@ -89,6 +89,7 @@ class Sending:
     state: ServerState
     _messages: dict[tuple[int, int], State] = field(default_factory=dict)
     _references: dict[int, AdapterState] = field(default_factory=dict)
+    _marks: dict[int, str] = field(default_factory=dict)
 
     def message(self, rank: int, since: int) -> State:
         """Return the message to a site of a rank that has kept the outcome of the rounds up to `since`."""
@@ -108,10 +109,12 @@ class Sending:
         """Return the name under which a site of a rank keeps what the message makes; empty where it keeps nothing."""
         if not self.merging.algorithm.traits.incremental:
             return ""
-        found = hashlib.sha256(f"{self.merging.plan.sha256} {self.turn.number} {rank}".encode())
-        for name, array in sorted(self.state.to_arrays().items()):
-            found.update(f"{name} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-        return found.hexdigest()[:_MARK_SIGNS]
+        if rank not in self._marks:
+            found = hashlib.sha256(f"{self.merging.plan.sha256} {self.turn.number} {rank}".encode())
+            for name, array in sorted(self.state.to_arrays().items()):
+                found.update(f"{name} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+            self._marks[rank] = found.hexdigest()[:_MARK_SIGNS]
+        return self._marks[rank]
 
     def read(self, rank: int, sent: Mapping[str, NDArray[Any]]) -> AdapterState:
         """Return the tensors of a valid reply; the errors of `validate` and of the codec."""

@@ -13,6 +13,7 @@ from fedtune.evaluation.site_metrics import measured_on
 from fedtune.model.layout import AdapterState
 from fedtune.model.workspace import Workspace
 from fedtune.release.adapter import save_adapter
+from fedtune.release.statement import privacy_facts
 from fedtune.run.files import write_whole
 from fedtune.run.versions import versions
 from fedtune.simulation.sites import test_examples
@@ -53,7 +54,6 @@ def release(study: Study, machine: Machine) -> None:
 def summarise(study: Study) -> dict[str, Any]:
     """Return the result of a study as plain JSON values."""
     plan, facts = study.plan, study.facts
-    private = plan.promise.mode == "dp"
     return {
         "study": plan.name,
         "plan_sha256": plan.sha256,
@@ -70,38 +70,12 @@ def summarise(study: Study) -> dict[str, Any]:
             "final": facts.final,
             "records": facts.records or None,
         },
-        "privacy": {
-            "mode": plan.promise.mode,
-            "max_epsilon": facts.max_epsilon(plan.promise),
-            "delta": plan.promise.delta if private else None,
-            "accountant": plan.promise.accountant if private else None,
-            "unit": plan.promise.unit,
-            "max_records_per_unit": plan.promise.max_records_per_unit,
-            "one_unit": plan.promise.one_unit,
-            "relation": plan.promise.relation,
-            "sampler": plan.promise.sampler,
-            "noise": plan.promise.noise if private else None,
-            "noise_multiplier": plan.promise.noise_multiplier,
-            "clip_norm": plan.promise.clip_norm,
-            "clipping": plan.promise.clipping,
-            "statement": _statement(study),
-        },
+        "privacy": privacy_facts(plan.promise, facts.max_epsilon(plan.promise)),
         "traffic": {"bytes_up": study.exchange.traffic.up, "bytes_down": study.exchange.traffic.down},
         "seconds": round(facts.seconds, 3),
         "versions": versions(),
         "run_dir": str(study.folder.path),
     }
-
-
-def _statement(study: Study) -> str:
-    """Return the plan's statement, and what is true instead where a site has spent more than the plan promised."""
-    promise, spent = study.plan.promise, study.facts.max_epsilon(study.plan.promise)
-    if spent is None or spent <= promise.epsilon * (1 + 1e-9):
-        return promise.statement
-    return (
-        f"EXCEEDED: ε = {spent:.4g} was spent: a site charged more than the plan's rounds, as fedtune's own refuse to. "
-        f"Planned was: {promise.statement}"
-    )
 
 
 def _site(site: SiteFacts, plan: StudyPlan) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from fedtune.aggregation.lora.gather import Collector
@@ -33,7 +34,10 @@ logger = logging.getLogger("fedtune.coordinator")
 
 @dataclass(slots=True)
 class _Round:
-    """One round as it goes: who was selected and who is asked, whose updates were taken, the codes of the rest."""
+    """One round as it goes: who was selected and who is asked, whose updates were taken, the codes of the rest.
+
+    `merging` is the seconds of the coordinator's own work: messages made, replies checked and added, and their result.
+    """
 
     number: int
     selected: int
@@ -41,6 +45,16 @@ class _Round:
     failed: dict[str, str] = field(default_factory=dict)
     taken: dict[str, Update] = field(default_factory=dict)
     marks: dict[str, str] = field(default_factory=dict)
+    merging: float = 0.0
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Count the time of the block as the coordinator's own work."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.merging += time.monotonic() - started
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +92,8 @@ def _run_round(study: Study, number: int) -> None:
     study.facts.bytes_up, study.facts.bytes_down = study.exchange.traffic.up, study.exchange.traffic.down
     result = _result(study, current, before, metrics, seconds)
     study.exchange.witness.save()
-    _log(study.folder, result, metrics)  # before the checkpoint: a line without one is dropped on resume
+    # before the checkpoint: a line without one is dropped on resume
+    _log(study.folder, result, metrics, current.merging)
     study.save()
     study.progress.round_done(result)
 
@@ -129,7 +144,8 @@ def _exchange(
     with closing(collector):
         _collect(study, current, _Part(sending, collector, weights, wanted), asked)
         _require_quorum(study.plan, current)
-        return study.merging.finish(turn, state, collector.result()), sorted(current.taken)
+        with current.at_work():
+            return study.merging.finish(turn, state, collector.result()), sorted(current.taken)
 
 
 def _enough(study: Study, current: _Round) -> float:
@@ -144,7 +160,8 @@ def _collect(study: Study, current: _Round, part: _Part, asked: list[str]) -> No
     """Take updates as they come, until all have answered, enough have, or the time is over."""
     site_of = {study.nodes[name]: name for name in asked}
     sites = study.facts.sites
-    instructions = {node: part.sending.instruction(sites[name], current.number) for node, name in site_of.items()}
+    with current.at_work():
+        instructions = {node: part.sending.instruction(sites[name], current.number) for node, name in site_of.items()}
     current.marks = {name: instructions[node].standing.mark for node, name in site_of.items()}
     answers = study.exchange.ask(
         "train",
@@ -164,8 +181,9 @@ def _take(study: Study, current: _Round, part: _Part, name: str, answer: Answer[
         _fail(study, current, name, answer.code, offence=answer.offence)
         return
     try:
-        state = read_update(study.plan, update, site, part.sending, site.rank)
-        part.collector.add(name, state, part.weights[name])
+        with current.at_work():
+            state = read_update(study.plan, update, site, part.sending, site.rank)
+            part.collector.add(name, state, part.weights[name])
     except FedtuneError as error:
         _fail(study, current, name, error.code, offence=True)
         return
@@ -232,7 +250,7 @@ def _result(
     return RoundInfo(current.number, current.selected, len(current.taken), failed, spent, shown, seconds, up, down)
 
 
-def _log(folder: RunFolder, result: RoundInfo, metrics: dict[str, float] | None) -> None:
+def _log(folder: RunFolder, result: RoundInfo, metrics: dict[str, float] | None, merging: float) -> None:
     folder.log_metrics(
         {
             "round": result.number,
@@ -241,6 +259,7 @@ def _log(folder: RunFolder, result: RoundInfo, metrics: dict[str, float] | None)
             "epsilon": result.epsilon_spent,
             "metrics": metrics,
             "seconds": round(result.seconds, 6),
+            "merging_seconds": round(merging, 6),
             "bytes_up": result.bytes_up,
             "bytes_down": result.bytes_down,
         }

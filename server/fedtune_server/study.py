@@ -51,10 +51,10 @@ class Study:
     def assign_ranks(self) -> None:
         """Give every site its rank, within what the plan allows whatever the site has said; a list goes by name."""
         words = self.plan.lora
-        if words.ranks is None:
-            return
         for site in self.facts.sites.values():
-            if words.ranks == "hardware":
+            if words.ranks is None:
+                site.rank = 0
+            elif words.ranks == "hardware":
                 site.rank = min(words.rank, max(words.min_rank, site.rank))
             else:
                 site.rank = words.ranks[self.names.index(site.name)]

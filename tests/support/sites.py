@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from fedtune.config.machine import ENVIRONMENT_VARIABLE as MACHINE
 from fedtune.config.plan import PLAN_KEY, StudyPlan
 from fedtune.flower.grid import InProcessGrid
-from fedtune.flower.messages import Instruction, Refusal, Update, decode_update, encode_instruction
+from fedtune.flower.messages import Instruction, Refusal, Standing, Update, decode_update, encode_instruction
 from fedtune.journal.witness import Receipt
 from fedtune.model.layout import AdapterState
 from fedtune.run.folder import create
@@ -122,13 +122,15 @@ class RealSite:
         study: Study | None = None,
         receipt: Receipt | None = None,
         plan_text: str | None = None,
+        standing: Standing | None = None,
     ) -> Message:
         """Send one message through Flower's in-process grid and return the reply."""
         asking = study or self.study
         with self.environment(asking):
             grid = InProcessGrid(app, 1, {PLAN_KEY: plan_text or asking.plan.json_text})
             sent = asking.download if adapter is None else adapter
-            content = encode_instruction(Instruction(asking.plan.sha256, number, sent, receipt))
+            stands = Standing() if standing is None else standing
+            content = encode_instruction(Instruction(asking.plan.sha256, number, sent, receipt, stands))
             message = grid.create_message(content, kind, grid.get_node_ids()[0], str(number), 600.0)
             (reply,) = grid.send_and_receive([message])
         return reply

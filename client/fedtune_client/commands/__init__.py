@@ -18,6 +18,7 @@ from fedtune_client.commands import (
     journal,
     key,
     logs,
+    personal,
     policy,
     renew,
     up,
@@ -51,6 +52,7 @@ app.add_typer(policy.app, name="policy")
 app.add_typer(consent.app, name="consent")
 app.command("budget")(budget.budget)
 app.command("approve")(approval.approve)
+app.command("adapter")(personal.adapter)
 app.command("countersign")(countersign.countersign)
 app.add_typer(journal.app, name="journal")
 app.add_typer(key.app, name="key")

@@ -26,7 +26,7 @@ def plain_adapter(algorithm: Algorithm, layout: AdapterLayout, state: ServerStat
         raise AggregationError(
             "no-global-adapter",
             "a part of the adapter is kept at each site, so the coordinator has none to release",
-            hint="export it at the sites: fedtune client adapter, or use aggregation.algorithm=fedsvd",
+            hint="export it at the sites: fedtune client adapter STUDY --out DIR, or use aggregation.algorithm=fedsvd",
         )
     update = algorithm.server.update(layout, state)
     planned = layout.pairs[0][0].shape[0]

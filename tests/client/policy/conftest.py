@@ -61,7 +61,11 @@ def plan_tree() -> Tree:
         },
         "lora": LoraSettings(rank=8, targets=("q_proj", "v_proj")).model_dump(mode="json"),
         "adapter": {
-            "numbers": 200, "trained": 100, "upload": 100, "upload_bytes": 400, "download": 200,
+            "numbers": 200,
+            "trained": 100,
+            "upload": 100,
+            "upload_bytes": 400,
+            "download": 200,
             "layout_sha256": "cd" * 32,
         },
         "privacy": promise.to_dict(),
