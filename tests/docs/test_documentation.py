@@ -26,7 +26,7 @@ WALKS = {  # one story each, which another test runs in order
     "federation.md",  # test_walkthrough.py
     "release.md",  # tests/release/test_release_page.py
     "hub.md",  # tests/commands/test_pull.py
-    "generation.md",  # tests/commands/test_chat.py
+    "generation.md",  # tests/commands/test_chat_command.py
     "deployment.md",  # tests/deploy/test_kit.py: for administrators, so that its commands are parsed
 }
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
