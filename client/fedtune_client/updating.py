@@ -91,7 +91,7 @@ def received(site: Site, instruction: Instruction, number: int) -> Exchange:
     the plan sends, `message.lacks-state`.
     """
     standing, algorithm = instruction.standing, algorithm_of(site.plan)
-    _check_standing(site.plan, algorithm, instruction)
+    _check_standing(site.plan, algorithm, instruction, site.most_rank or site.plan.lora.rank)
     workspace = site.open_workspace(standing.rank)
     layout, turn = workspace.layout, Turn(number, standing.part)
     message = instruction.adapter
@@ -148,10 +148,11 @@ def _held(site: Site, instruction: Instruction, algorithm: Algorithm, workspace:
     return SiteState(*site.received.get(instruction.standing.base))
 
 
-def _check_standing(plan: StudyPlan, algorithm: Algorithm, instruction: Instruction) -> None:
+def _check_standing(plan: StudyPlan, algorithm: Algorithm, instruction: Instruction, most_rank: int) -> None:
+    """Refuse a part that the plan does not have, and a rank that neither the plan nor this machine allows."""
     standing, lora = instruction.standing, plan.lora
     ranks = {0, lora.rank} if lora.ranks is None else {0, *lora.ranks} if isinstance(lora.ranks, tuple) else None
-    fits = standing.rank in ranks if ranks is not None else lora.min_rank <= standing.rank <= lora.rank
+    fits = standing.rank in ranks if ranks is not None else lora.min_rank <= standing.rank <= most_rank
     if not fits or not 0 <= standing.part < algorithm.traits.exchanges:
         raise MessageError("wrong-field", "the plan has no such rank or exchange")
     if (standing.base or standing.mark or standing.since) and not algorithm.traits.incremental:

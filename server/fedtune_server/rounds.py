@@ -45,6 +45,7 @@ class _Round:
     failed: dict[str, str] = field(default_factory=dict)
     taken: dict[str, Update] = field(default_factory=dict)
     marks: dict[str, str] = field(default_factory=dict)
+    shown: set[str] = field(default_factory=set)
     merging: float = 0.0
 
     @contextmanager
@@ -188,7 +189,9 @@ def _take(study: Study, current: _Round, part: _Part, name: str, answer: Answer[
         _fail(study, current, name, error.code, offence=True)
         return
     current.taken[name] = replace(update, state={})
-    if part.sending.turn.part == study.merging.algorithm.traits.exchanges - 1:
+    is_last = part.sending.turn.part == study.merging.algorithm.traits.exchanges - 1
+    if is_last and name not in current.shown:  # exchanges that are made again would count a site twice
+        current.shown.add(name)
         study.progress.site_done(name)
 
 
