@@ -8,7 +8,8 @@ request is let in, dropped as a whole when no timestamp in them is accepted any 
 have to survive is the end of the process, and a machine that was off for longer than the window has nothing to replay.
 
 Time never goes back here: after the clock is set back, old timestamps would be young again, so requests are refused
-until the clock has caught up. Knows no HTTP and no signature.
+until the clock has caught up. What has been forgotten is written down before it is, so that this also holds across a
+restart. Knows no HTTP and no signature.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +28,7 @@ WINDOW = 320.0  # seconds; Flower accepts 305
 AHEAD = 10.0  # seconds that a peer's clock may be before ours; Flower accepts 5
 _SPAN = 32
 _DIGEST = 16
+_FORGOTTEN = "forgotten"
 
 Verdict = Literal["new", "replayed", "stale", "clock-back", "full", "unwritable"]
 
@@ -83,14 +86,30 @@ class ReplayCache:
             self._spans[span] = {raw[start : start + _DIGEST] for start in range(0, whole, _DIGEST)}
             if whole:
                 self._latest = max(self._latest, span * _SPAN - AHEAD)
+        with suppress(OSError, ValueError):  # nothing was ever forgotten
+            forgotten = int((self._folder / _FORGOTTEN).read_text(encoding="ascii"))
+            self._latest = max(self._latest, (forgotten + 1) * _SPAN + WINDOW)
         self._forget()
 
     def _forget(self) -> None:
-        for span in [span for span in self._spans if (span + 1) * _SPAN <= self._latest - WINDOW]:
+        """Drop what no timestamp of is accepted any more; what cannot be written down as forgotten is remembered."""
+        old = [span for span in self._spans if (span + 1) * _SPAN <= self._latest - WINDOW]
+        if not old or not self._note_forgotten(max(old)):
+            return
+        for span in old:
             del self._spans[span]
             if span in self._files:
                 os.close(self._files.pop(span))
             self._path(span).unlink(missing_ok=True)
+
+    def _note_forgotten(self, span: int) -> bool:
+        try:
+            made = self._folder / f"{_FORGOTTEN}.new"
+            made.write_text(str(span), encoding="ascii")
+            made.replace(self._folder / _FORGOTTEN)
+        except OSError:
+            return False
+        return True
 
     def _write(self, span: int, digest: bytes) -> bool:
         """Append a digest; what a failed write leaves is cut off, or nothing follows it: records have one length."""

@@ -141,6 +141,21 @@ def test_two_processes_do_not_share_a_memory(opened: Opened, tmp_path: Path) -> 
         ReplayCache(tmp_path / "seen")
 
 
+def test_what_was_forgotten_stays_stale_when_the_clock_is_set_back_across_a_restart(tmp_path: Path) -> None:
+    clock = Clock()
+    clock.now += 400
+    cache = ReplayCache(tmp_path / "seen", clock=clock)
+    assert cache.admit(b"a", NOW + 181) == "new"
+    clock.now += 200
+    cache.admit(b"b", NOW)  # by now everything of a's time has been forgotten
+    assert len(cache) == 0
+    cache.close()
+    clock.now -= 100
+    cache = ReplayCache(tmp_path / "seen", clock=clock)
+    assert cache.admit(b"a", NOW + 181) in {"stale", "clock-back"}
+    cache.close()
+
+
 @given(data=st.data())
 @settings(max_examples=50)
 def test_nothing_that_flower_would_take_goes_through_twice(

@@ -16,6 +16,7 @@ from tests.support.journal_lines import entries
 from tests.support.tiny import bank_csv, tiny_base
 
 ROOT = Path(__file__).parents[2]
+MODELS = Path(os.environ.get("FEDTUNE_MODELS", ROOT.parent / "shared" / "models"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,9 @@ def in_terminal(*arguments: str, answers: list[tuple[str, str]], folder: Path) -
 
 
 def _read(master: int) -> str:
-    if not select.select([master], [], [], 0.05)[0]:
+    waiting = select.poll()  # select() knows no descriptor above 1,023
+    waiting.register(master, select.POLLIN)
+    if not waiting.poll(50):
         return ""
     try:
         return os.read(master, 65536).decode(errors="replace")

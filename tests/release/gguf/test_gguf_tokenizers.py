@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedtune.errors import ReleaseError
@@ -17,8 +16,9 @@ from fedtune.release.gguf.spm import check_pieces, pieces, sentencepiece_vocabul
 from fedtune.release.gguf.tokenizer import BYTE, CONTROL, UNKNOWN, UNUSED, Vocabulary, read_tokenizer, token_types
 from tests.release.gguf.conftest import Shelf
 from tests.release.gguf.made import made_tokenizer
+from tests.support.runs import MODELS
 
-STORIES = Path(os.environ.get("FEDTUNE_MODELS", "models")) / "stories260k"
+STORIES = MODELS / "stories260k"
 RULES = {"llama3": "llama-bpe", "qwen2": "qwen2", "gpt2": "gpt-2", "llama": "default", "gemma": "default"}
 
 
@@ -40,6 +40,7 @@ def test_the_cutting_rule_is_found_by_its_definition(family: str, shelf: Shelf) 
 @given(text=st.text(st.sampled_from("Once upon time patients Lily's 120/80 ▁<>é日🦙\n\t"), min_size=1, max_size=40))
 def test_scores_merge_as_ranks_do(rule: str, text: str) -> None:
     tokenizer, vocabulary, ids = _spm_of(rule)
+    assume(not any(word in text for word in tokenizer.all_special_tokens))  # cut out of a text before any merge
     wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert pieces(text, vocabulary, ids) == wanted
 
@@ -102,7 +103,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "release.no-tokenizer"
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="needs FEDTUNE_MODELS with stories260k")
+@pytest.mark.skipif(not STORIES.exists(), reason="no model stories260k; set FEDTUNE_MODELS")
 def test_a_published_models_tokenizer_passes_the_check() -> None:
     table = read_tokenizer(STORIES, 512)
     assert table.vocabulary.space_prefix is True

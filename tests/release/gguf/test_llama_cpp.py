@@ -20,10 +20,11 @@ from transformers import AutoTokenizer
 from fedtune.release.gguf import write_adapter_gguf, write_model_gguf
 from tests.release.gguf.conftest import Shelf
 from tests.release.gguf.made import FAMILIES, adapted_model, greedy_of, logits_of, made_adapter
+from tests.support.runs import MODELS
 
 WORKER = Path(__file__).parent / "llama_worker.py"
 PYTHON = os.environ.get("FEDTUNE_LLAMA_PYTHON") or (sys.executable if importlib.util.find_spec("llama_cpp") else None)
-STORIES = Path(os.environ.get("FEDTUNE_MODELS", "models")) / "stories260k"
+STORIES = MODELS / "stories260k"
 PROMPTS = (
     "Once upon a time", "Lily went to the park", "The dog said", "One day, Tom", "Mom was happy because", "It was a",
     "There was a big red ball", '"Can I play?" asked', "The sun was hot and", "Tim and Sue", "A little bird",
@@ -41,7 +42,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(PYTHON is None, reason="no llama-cpp-python: see docs/gguf.md, Checking with llama.cpp"),
 ]
-stories = pytest.mark.skipif(not STORIES.exists(), reason="needs FEDTUNE_MODELS with stories260k")
+stories = pytest.mark.skipif(not STORIES.exists(), reason="no model stories260k; set FEDTUNE_MODELS")
 
 
 def answered(folder: Path, **request: Any) -> Any:
