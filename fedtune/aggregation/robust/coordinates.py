@@ -21,7 +21,7 @@ def median(rows: Matrix) -> Vector:
 
     Breakdown: f < n/2. Source: Yin et al. (arXiv 1803.01498).
     """
-    ordered = np.sort(rows, axis=0)
+    ordered = _sorted(rows)
     return _middle(ordered)
 
 
@@ -30,7 +30,7 @@ def trimmed_mean(rows: Matrix, attackers: int) -> Vector:
 
     The paper's β is f/n. f = 0 gives the plain mean. Breakdown: f < n/2. Source: Yin et al. (arXiv 1803.01498).
     """
-    ordered = np.sort(rows, axis=0)
+    ordered = _sorted(rows)
     kept: Vector = ordered[attackers : len(rows) - attackers].mean(axis=0)
     return kept
 
@@ -40,10 +40,15 @@ def mean_around_median(rows: Matrix, keep: int) -> Vector:
 
     Of two values at the same distance the smaller is the closer one.
     """
-    ordered = np.sort(rows, axis=0)
+    ordered = _sorted(rows)
     nearest = np.argsort(np.abs(ordered - _middle(ordered)), axis=0, kind="stable")[:keep]
     kept: Vector = np.take_along_axis(ordered, np.sort(nearest, axis=0), axis=0).mean(axis=0)
     return kept
+
+
+def _sorted(rows: Matrix) -> Matrix:
+    """Sort each column; -0 becomes 0, or which of the two stands in the middle would depend on who was quick."""
+    return np.sort(rows + 0.0, axis=0)
 
 
 def _middle(ordered: Matrix) -> Vector:

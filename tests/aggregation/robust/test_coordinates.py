@@ -53,6 +53,12 @@ def test_any_order_of_the_sites_gives_the_same_bits(sites: int, size: int, seed:
         assert rule(rows).tobytes() == rule(mixed).tobytes()
 
 
+def test_a_negative_zero_is_a_zero_whoever_sends_it() -> None:
+    rows = np.array([[-0.0], [0.0], [0.0], [-0.0]])
+    for rule in (median, lambda r: trimmed_mean(r, 1), lambda r: mean_around_median(r, 2)):
+        assert rule(rows).tobytes() == rule(rows[::-1]).tobytes()
+
+
 @given(sites=counts, size=sizes, seed=seeds)
 def test_no_attacker_to_trim_leaves_the_mean(sites: int, size: int, seed: int, make_cloud: Clouds) -> None:
     rows = make_cloud(sites, size, seed)
